@@ -1,0 +1,127 @@
+/**
+ * Every error that halfbyte throws on purpose. Each carries a stable `code`; operand errors say which operand of which
+ * operation was wrong, what was expected and what came.
+ */
+
+/** Base class: `catch (e) { if (e instanceof HalfbyteError) ... }`. */
+export abstract class HalfbyteError extends Error {
+  /** A stable identifier for programs, `ERR_HALFBYTE_...`. */
+  abstract readonly code: string;
+  override get name(): string {
+    return this.constructor.name;
+  }
+}
+
+/** An operand or option of an operation is wrong. Nothing was launched or written. */
+export class ArgumentError extends HalfbyteError {
+  readonly code: string = "ERR_HALFBYTE_ARGUMENT";
+  /**
+   * @param op the operation, as the caller knows it (`quantize4bit`)
+   * @param operand the operand or option (`blocksize`)
+   */
+  constructor(
+    readonly op: string,
+    readonly operand: string,
+    readonly expected: string,
+    readonly received: string,
+  ) {
+    super(`[${op}] ${operand}: expected ${expected}, received ${received}`);
+  }
+}
+
+/** A shape does not fit. */
+export class ShapeError extends ArgumentError {
+  override readonly code = "ERR_HALFBYTE_SHAPE";
+}
+
+/** A dtype does not fit. */
+export class DTypeError extends ArgumentError {
+  override readonly code = "ERR_HALFBYTE_DTYPE";
+}
+
+/** Operands live on different devices, or a device is unknown or not available. */
+export class DeviceError extends ArgumentError {
+  override readonly code = "ERR_HALFBYTE_DEVICE";
+}
+
+/** A tensor or backend was used after it was disposed. */
+export class DisposedError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_DISPOSED";
+  constructor(what: string, op: string) {
+    super(`[${op}] ${what}: used after dispose()`);
+  }
+}
+
+/** Memory of a device is exhausted. The failed call allocated nothing; smaller ones still work. */
+export class OutOfMemoryError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_OUT_OF_MEMORY";
+  constructor(
+    readonly device: string,
+    readonly requestedBytes: number,
+    readonly freeBytes: number,
+    readonly limitBytes: number,
+  ) {
+    super(
+      `[${device}] out of memory: ${requestedBytes} bytes requested, ${freeBytes} of ${limitBytes} bytes free. ` +
+        "Dispose tensors you no longer need (dispose(), using, or tidy() round a loop's body; the garbage collector " +
+        "cannot help inside synchronous code), or raise memoryLimit.",
+    );
+  }
+}
+
+/** A quantizer met NaN or infinity. Reported by the first read after the launch. */
+export class NonFiniteError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_NON_FINITE";
+  constructor(
+    readonly op: string,
+    readonly operand: string,
+    /** Index of the first block (or row) that holds a non-finite value. */
+    readonly index: number,
+    readonly unit: "block" | "row" = "block",
+  ) {
+    super(
+      `[${op}] ${operand}: expected finite values, received NaN or infinity in ${unit} ${index}. ` +
+        "Pass allowNonFinite: true to quantize it as bitsandbytes does.",
+    );
+  }
+}
+
+/** A backend failed while it ran a kernel (trap, lost worker, device error). It stays failed until it is restarted. */
+export class BackendError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_BACKEND";
+  constructor(
+    readonly device: string,
+    readonly reason: string,
+    /** The kernel that was running with its operands, as far as known. */
+    readonly kernel?: string,
+    options?: ErrorOptions,
+  ) {
+    super(`[${device}] ${reason}${kernel ? ` in ${kernel}` : ""}`, options);
+  }
+}
+
+/** A backend has no implementation of a primitive, dtype or option, and says why. */
+export class UnsupportedError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_UNSUPPORTED";
+  constructor(
+    readonly what: string,
+    readonly why: string,
+  ) {
+    super(`${what} is not supported: ${why}`);
+  }
+}
+
+/** A file or serialized state is malformed, truncated, inconsistent or of a kind that cannot be read. */
+export class FormatError extends HalfbyteError {
+  readonly code = "ERR_HALFBYTE_FORMAT";
+  constructor(
+    /** `safetensors`, `gguf`, `quant_state`, `checkpoint`, `config` ... */
+    readonly format: string,
+    /** File path or tensor name the finding is about. */
+    readonly where: string,
+    readonly problem: string,
+    options?: ErrorOptions,
+  ) {
+    super(`[${format}] ${where}: ${problem}`, options);
+  }
+}
