@@ -4,28 +4,31 @@
  * is a total mapped type over `KernelName`: a kernel that is missing on one backend does not compile.
  */
 
-/** `ptr` device address; `size` an element or byte count of the device's address width; `u32`, `f32` plain words. */
-export type FieldType = "ptr" | "size" | "u32" | "f32";
+/**
+ * `in` and `out` are device addresses (`out`: the kernel writes there, and may read); `size` is an element or byte count of
+ * the device's address width; `u32` and `f32` are plain words.
+ */
+export type FieldType = "in" | "out" | "size" | "u32" | "f32";
 
 export const KERNELS = {
   /** dst[0..bytes) = src[0..bytes); the ranges do not overlap. */
-  copy: { src: "ptr", dst: "ptr", bytes: "size" },
+  copy: { src: "in", dst: "out", bytes: "size" },
   /** dst[0..bytes) = the four bytes of `value`, repeated. */
-  fill: { dst: "ptr", bytes: "size", value: "u32" },
+  fill: { dst: "out", bytes: "size", value: "u32" },
   /** y[i] = x[i] as dtype `to`: nearest even into f16/bf16, truncated and saturated into integers. */
-  convert: { x: "ptr", y: "ptr", n: "size", from: "u32", to: "u32" },
+  convert: { x: "in", y: "out", n: "size", from: "u32", to: "u32" },
   /** One level of the summation tree: y[c] = sum of the 1,024 elements of chunk c, in f64 (x is f32, or f64 partials). */
-  sumChunks: { x: "ptr", y: "ptr", n: "size", wide: "u32" },
+  sumChunks: { x: "in", y: "out", n: "size", wide: "u32" },
   /** y[0] = f32(x[0] / n), x an f64. */
-  meanOfSum: { x: "ptr", y: "ptr", n: "size" },
+  meanOfSum: { x: "in", y: "out", n: "size" },
   /** q[i] = index of the code nearest to (x[i] - offset) / absmax(block). Unit: block. */
   quantizeBlockwise: {
-    x: "ptr",
-    q: "ptr",
-    absmax: "ptr",
-    code: "ptr",
-    table: "ptr",
-    offset: "ptr",
+    x: "in",
+    q: "out",
+    absmax: "out",
+    code: "in",
+    table: "in",
+    offset: "in",
     n: "size",
     blocksize: "u32",
     dtype: "u32",
@@ -33,20 +36,20 @@ export const KERNELS = {
   },
   /** y[i] = code[q[i]] * absmax(block) + offset, rounded to dtype. Unit: block. */
   dequantizeBlockwise: {
-    q: "ptr",
-    absmax: "ptr",
-    code: "ptr",
-    offset: "ptr",
-    y: "ptr",
+    q: "in",
+    absmax: "in",
+    code: "in",
+    offset: "in",
+    y: "out",
     n: "size",
     blocksize: "u32",
     dtype: "u32",
   },
   /** packed nibbles (first element high) of the nearest NF4 or FP4 codes. Unit: block. */
   quantize4bit: {
-    x: "ptr",
-    packed: "ptr",
-    absmax: "ptr",
+    x: "in",
+    packed: "out",
+    absmax: "out",
     n: "size",
     blocksize: "u32",
     dtype: "u32",
@@ -55,9 +58,9 @@ export const KERNELS = {
   },
   /** y[i] = code(nibble i) * absmax(block), rounded to dtype. Unit: block. */
   dequantize4bit: {
-    packed: "ptr",
-    absmax: "ptr",
-    y: "ptr",
+    packed: "in",
+    absmax: "in",
+    y: "out",
     n: "size",
     blocksize: "u32",
     dtype: "u32",
@@ -65,16 +68,16 @@ export const KERNELS = {
   },
   /** q[r, c] = rint(x[r, c] * (127 / absmax(row r))), scale[r] = absmax(row r). Unit: row. */
   int8VectorwiseQuant: {
-    x: "ptr",
-    q: "ptr",
-    scale: "ptr",
+    x: "in",
+    q: "out",
+    scale: "out",
     rows: "size",
     cols: "size",
     dtype: "u32",
     allowNonFinite: "u32",
   },
   /** y[r, c] = q[r, c] * (scale[r] * f32(1/127)), rounded to dtype. Unit: row. */
-  int8VectorwiseDequant: { q: "ptr", scale: "ptr", y: "ptr", rows: "size", cols: "size", dtype: "u32" },
+  int8VectorwiseDequant: { q: "in", scale: "in", y: "out", rows: "size", cols: "size", dtype: "u32" },
 } as const satisfies Record<string, Record<string, FieldType>>;
 
 export type KernelName = keyof typeof KERNELS;
@@ -100,7 +103,7 @@ export interface Storage {
   readonly offset: number;
 }
 
-type FieldValue<F extends FieldType> = F extends "ptr" ? Address | null : number;
+type FieldValue<F extends FieldType> = F extends "in" | "out" ? Address | null : number;
 /** The operands of kernel K, by name. */
 export type Operands<K extends KernelName> = {
   readonly [F in keyof (typeof KERNELS)[K]]: (typeof KERNELS)[K][F] extends FieldType
@@ -108,7 +111,13 @@ export type Operands<K extends KernelName> = {
     : never;
 };
 
-const FIELD_BYTES = (address: 4 | 8): Record<FieldType, number> => ({ ptr: address, size: address, u32: 4, f32: 4 });
+const FIELD_BYTES = (address: 4 | 8): Record<FieldType, number> => ({
+  in: address,
+  out: address,
+  size: address,
+  u32: 4,
+  f32: 4,
+});
 
 /** Byte offsets of a kernel's fields for a device with 4- or 8-byte addresses, each field on its natural alignment. */
 export function operandLayout(kernel: KernelName, address: 4 | 8): { offsets: Record<string, number>; bytes: number } {

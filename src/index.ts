@@ -1,0 +1,31 @@
+/** halfbyte: k-bit quantization for Node.js. */
+export { getBackend, type InitOptions, init, type MemoryReport, memory, restart, shutdown } from "./backend/devices.js";
+export type { Backend, BackendState, DeviceMemory, DeviceName } from "./core/backend.js";
+export { DTYPES, type DType, FLOAT_DTYPES, type FloatDType } from "./core/dtype.js";
+export * from "./core/errors.js";
+export { keep, tidy } from "./core/scope.js";
+export type { Shape } from "./core/shape.js";
+export { Tensor } from "./core/tensor.js";
+export { type DataOf, HAS_FLOAT16_ARRAY, type TensorLike } from "./core/typedarray.js";
+export {
+  type CodeSearch,
+  type DequantizeBlockwiseOptions,
+  dequantizeBlockwise,
+  type QuantizeBlockwiseOptions,
+  quantizeBlockwise,
+} from "./ops/blockwise.js";
+export { empty, fromBytes, type TensorOptions, tensor, zeros } from "./ops/create.js";
+export {
+  type Dequantize4bitOptions,
+  dequantize4bit,
+  dequantizeFp4,
+  dequantizeNf4,
+  type Quantize4bitOptions,
+  quantize4bit,
+  quantizeFp4,
+  quantizeNf4,
+} from "./ops/fourbit.js";
+export { type Int8VectorwiseQuantOptions, int8VectorwiseDequant, int8VectorwiseQuant } from "./ops/int8.js";
+export { mean } from "./ops/reduce.js";
+export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";
+export { QuantState, type QuantType } from "./quant/state.js";

@@ -1,0 +1,75 @@
+/** Checks that ops share. Everything is checked here, before anything is allocated or launched. */
+import type { Backend } from "../core/backend.js";
+import { type DType, FLOAT_DTYPES, type FloatDType } from "../core/dtype.js";
+import { ArgumentError, DeviceError, DisposedError, DTypeError, ShapeError } from "../core/errors.js";
+import { formatShape, type Shape, sameShape, sizeOf } from "../core/shape.js";
+import { Tensor } from "../core/tensor.js";
+
+/** Block sizes of every blockwise quantizer (32 with 8-bit codes is ours alone). */
+export const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096] as const;
+
+/** @throws ArgumentError, DisposedError, DTypeError, DeviceError */
+export function checkTensor<D extends DType>(
+  op: string,
+  operand: string,
+  value: unknown,
+  dtypes: readonly D[],
+  backend?: Backend,
+): asserts value is Tensor<D> {
+  if (!(value instanceof Tensor)) {
+    throw new ArgumentError(op, operand, "a Tensor", value === null ? "null" : typeof value);
+  }
+  if (value.isDisposed) throw new DisposedError(`${operand} ${value}`, op);
+  if (!(dtypes as readonly DType[]).includes(value.dtype)) {
+    throw new DTypeError(op, operand, dtypes.join(" or "), value.dtype);
+  }
+  if (backend && value.backend !== backend) {
+    throw new DeviceError(
+      op,
+      operand,
+      `a tensor on ${backend.device} like the other operands`,
+      `one on ${value.device}`,
+    );
+  }
+}
+
+export function checkFloat(op: string, operand: string, value: unknown): asserts value is Tensor<FloatDType> {
+  checkTensor(op, operand, value, FLOAT_DTYPES);
+}
+
+/** @throws ArgumentError */
+export function checkBlocksize(op: string, blocksize: number): void {
+  if (!(BLOCKSIZES as readonly number[]).includes(blocksize)) {
+    throw new ArgumentError(op, "blocksize", `one of ${BLOCKSIZES.join(", ")}`, String(blocksize));
+  }
+}
+
+/** @throws ArgumentError */
+export function checkChoice<T extends string>(op: string, option: string, value: T, choices: readonly T[]): void {
+  if (!choices.includes(value)) throw new ArgumentError(op, option, choices.join(" or "), String(value));
+}
+
+/**
+ * The tensor an op writes to: the caller's `out` after checks (same number of elements; any shape), or a new one.
+ * @throws as `checkTensor`, ShapeError
+ */
+export function output<D extends DType>(
+  op: string,
+  operand: string,
+  given: Tensor | undefined,
+  backend: Backend,
+  dtype: D,
+  shape: Shape,
+): Tensor<D> {
+  if (given === undefined) return Tensor.allocate(backend, dtype, shape);
+  checkTensor(op, operand, given, [dtype], backend);
+  if (given.size !== sizeOf(shape)) {
+    throw new ShapeError(
+      op,
+      operand,
+      `${sizeOf(shape)} elements as in ${formatShape(shape)}`,
+      formatShape(given.shape),
+    );
+  }
+  return sameShape(given.shape, shape) ? given : given.reshape(shape);
+}
