@@ -26,6 +26,6 @@ export {
   quantizeNf4,
 } from "./ops/fourbit.js";
 export { type Int8VectorwiseQuantOptions, int8VectorwiseDequant, int8VectorwiseQuant } from "./ops/int8.js";
-export { mean } from "./ops/reduce.js";
+export { mean } from "./ops/sum.js";
 export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";
 export { QuantState, type QuantType } from "./quant/state.js";

@@ -8,7 +8,7 @@ import { Tensor } from "../core/tensor.js";
 import { Codebook } from "../quant/codebook.js";
 import { QuantState } from "../quant/state.js";
 import { checkBlocksize, checkFloat, checkTensor, output } from "./check.js";
-import { mean } from "./reduce.js";
+import { mean } from "./sum.js";
 
 export const blockwisePrimitives = {
   quantizeBlockwise: {
@@ -83,15 +83,15 @@ export function quantizeBlockwise(A: Tensor, options: QuantizeBlockwiseOptions =
 
 /**
  * Double quantization of scales: their mean (`offset`), and 8-bit dynamic codes of what is left.
- * For ops that offer it; the f32 `absmax` is used up.
+ * For ops that offer it; the f32 `absmax` is used up. The golden check gives the offset that somebody else has computed.
  */
 export function nest(
   absmax: Tensor<"f32">,
   blocksize: number,
+  offset: Tensor<"f32"> = mean(absmax),
 ): { absmax: Tensor; offset: Tensor<"f32">; state2: QuantState } {
   const { backend } = absmax;
   const code = Codebook.dynamic();
-  const offset = mean(absmax);
   const codes = Tensor.allocate(backend, "u8", absmax.shape);
   const scales = Tensor.allocate(backend, "f32", [ceilDiv(absmax.size, blocksize)]);
   // Where absmax is not finite, the first quantization has already said so or was told to let it pass.

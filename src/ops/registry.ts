@@ -8,7 +8,7 @@ import { blockwisePrimitives } from "./blockwise.js";
 import { codebookPrimitives } from "./codebooks.js";
 import { fourbitPrimitives } from "./fourbit.js";
 import { int8Primitives } from "./int8.js";
-import { reducePrimitives } from "./reduce.js";
+import { sumPrimitives } from "./sum.js";
 
 export interface Primitive {
   /** Name in bitsandbytes or PyTorch. */
@@ -29,7 +29,7 @@ export const PRIMITIVES = {
   ...blockwisePrimitives,
   ...fourbitPrimitives,
   ...int8Primitives,
-  ...reducePrimitives,
+  ...sumPrimitives,
 } as const satisfies Record<string, Primitive>;
 
 export type PrimitiveName = keyof typeof PRIMITIVES;

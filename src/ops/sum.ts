@@ -6,7 +6,7 @@ import { ceilDiv } from "../core/shape.js";
 import { Tensor } from "../core/tensor.js";
 import { checkTensor } from "./check.js";
 
-export const reducePrimitives = {
+export const sumPrimitives = {
   mean: {
     upstream: "torch.mean",
     family: "sum",

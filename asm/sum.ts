@@ -1,0 +1,68 @@
+/**
+ * The summation tree: float64 sums of chunks of 1,024 elements, level upon level. In a chunk, lane l of 32 adds up the
+ * elements l, l + 32, l + 64 ... in this order; then lane i takes in lane i + h for h = 16, 8, 4, 2, 1. Both backends add
+ * in this order, whatever the number of threads.
+ */
+import { SUM_CHUNK, SUM_LANES } from "./generated/constants";
+import { MeanOfSum, SumChunks } from "./generated/operands";
+import { store1 } from "./kernel";
+
+/** y[c] = sum of chunk c. Unit: chunk. */
+export function sumChunks(op: usize, begin: u32, end: u32): void {
+  if (load<u32>(op, SumChunks.wide)) chunks<f64>(op, begin, end);
+  else chunks<f32>(op, begin, end);
+}
+
+/** y[0] = f32(x[0] / n). Unit: the one result. */
+export function meanOfSum(op: usize, begin: u32, end: u32): void {
+  if (begin == end) return;
+  const sum = load<f64>(load<usize>(op, MeanOfSum.x));
+  store1<f32>(load<usize>(op, MeanOfSum.y), <f32>(sum / <f64>load<u32>(op, MeanOfSum.n)));
+}
+
+function chunks<T>(op: usize, begin: u32, end: u32): void {
+  const x = load<usize>(op, SumChunks.x);
+  const y = load<usize>(op, SumChunks.y);
+  const n = load<u32>(op, SumChunks.n);
+  for (let c = begin; c < end; c++) {
+    const first = c * SUM_CHUNK;
+    const count = min(SUM_CHUNK, n - first);
+    const p = x + first * sizeof<T>();
+    store<f64>(y + c * 8, count == SUM_CHUNK ? wholeChunk<T>(p) : node<T>(p, count, 0, 1));
+  }
+}
+
+/** Two lanes at a time: they and those 8, 16 and 24 further meet in the tree's first two steps. */
+function wholeChunk<T>(p: usize): f64 {
+  const s = f64x2.add(
+    f64x2.add(lanePairs<T>(p), lanePairs<T>(p + 4 * sizeof<T>())),
+    f64x2.add(lanePairs<T>(p + 2 * sizeof<T>()), lanePairs<T>(p + 6 * sizeof<T>())),
+  );
+  return f64x2.extract_lane(s, 0) + f64x2.extract_lane(s, 1);
+}
+
+function lanePairs<T>(p: usize): v128 {
+  let a = f64x2.splat(0);
+  let b = a;
+  let c = a;
+  let d = a;
+  for (const end = p + SUM_CHUNK * sizeof<T>(); p < end; p += SUM_LANES * sizeof<T>()) {
+    a = f64x2.add(a, load2<T>(p));
+    b = f64x2.add(b, load2<T>(p + 8 * sizeof<T>()));
+    c = f64x2.add(c, load2<T>(p + 16 * sizeof<T>()));
+    d = f64x2.add(d, load2<T>(p + 24 * sizeof<T>()));
+  }
+  return f64x2.add(f64x2.add(a, c), f64x2.add(b, d));
+}
+
+function load2<T>(p: usize): v128 {
+  return sizeof<T>() == 8 ? v128.load(p) : f64x2.promote_low_f32x4(v128.load64_zero(p));
+}
+
+/** What lane i holds after the steps of the tree down to `step`, in a chunk of `count` elements. */
+function node<T>(p: usize, count: u32, i: u32, step: u32): f64 {
+  if (step < SUM_LANES) return node<T>(p, count, i, 2 * step) + node<T>(p, count, i + step, 2 * step);
+  let sum: f64 = 0;
+  for (; i < count; i += SUM_LANES) sum += <f64>load<T>(p + i * sizeof<T>());
+  return sum;
+}

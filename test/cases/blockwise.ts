@@ -1,0 +1,151 @@
+import { dequantizeBlockwise, quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
+import {
+  createDynamicMap,
+  createFp8Map,
+  createLinearMap,
+  createNormalMap,
+} from "#halfbyte/quant/codebooks.js";
+import { random } from "../helpers/random.js";
+import * as scalar from "../helpers/scalar.js";
+import { type Case, caseId, FLOATS, floats, type Kind, LENGTHS, SHORT_LENGTHS } from "./case.js";
+
+/** 256 sorted values with clusters far finer than the search table's bins: the exact search has to serve. */
+function clustered(): Float32Array<ArrayBuffer> {
+  const next = random("clustered");
+  const values = Float32Array.from({ length: 256 }, (_, i) => (i % 4 === 0 ? 0.3 : -0.7) + (next() % 1000) * 1e-7);
+  values[0] = -1;
+  values[255] = 1;
+  return values.sort();
+}
+
+export const CODES: Record<string, () => Float32Array<ArrayBuffer>> = {
+  dynamic: () => createDynamicMap(),
+  unsigned: () => createDynamicMap(false),
+  linear: () => createLinearMap(),
+  fp8: () => createFp8Map(),
+  normal: () => createNormalMap(),
+  clustered,
+};
+type CodeName = keyof typeof CODES;
+
+function quantizeCase(
+  code: CodeName,
+  dtype: (typeof FLOATS)[number],
+  n: number,
+  blocksize: number,
+  kind: Kind,
+  search: "auto" | "exact" = "auto",
+): Case {
+  const id = caseId("quantizeBlockwise", code, dtype, `n=${n}`, `bs=${blocksize}`, kind, search);
+  return {
+    id,
+    primitive: "quantizeBlockwise",
+    dtype,
+    inputs: () => {
+      const A = floats(dtype, n, kind, id);
+      return { A: code === "unsigned" ? { ...A, values: Float32Array.from(A.values, Math.abs) } : A };
+    },
+    run: ({ A }) => {
+      const [out, state] = quantizeBlockwise(A!, { code: CODES[code]!(), blocksize, search });
+      return { out, absmax: state.absmax };
+    },
+    expected: ({ A }) => {
+      const { q, absmax } = scalar.quantizeBlockwise(A!.values, CODES[code]!(), blocksize);
+      return {
+        out: { dtype: "u8", shape: [n], values: q },
+        absmax: { dtype: "f32", shape: [absmax.length], values: absmax },
+      };
+    },
+  };
+}
+
+function dequantizeCase(code: CodeName, dtype: (typeof FLOATS)[number], n: number, blocksize: number, scale: number): Case {
+  const id = caseId("dequantizeBlockwise", code, dtype, `n=${n}`, `bs=${blocksize}`, `scale=${scale}`);
+  const blocks = Math.ceil(n / blocksize);
+  return {
+    id,
+    primitive: "dequantizeBlockwise",
+    dtype,
+    inputs: () => {
+      const next = random(id);
+      return {
+        A: { dtype: "u8", shape: [n], values: Uint8Array.from({ length: n }, () => next() & 255) },
+        absmax: {
+          dtype: "f32",
+          shape: [blocks],
+          values: Float32Array.from({ length: blocks }, () => ((next() % 10007) / 9973) * scale),
+        },
+      };
+    },
+    run: ({ A, absmax }) => ({
+      y: dequantizeBlockwise(A!, undefined, { absmax: absmax!, code: CODES[code]!(), blocksize, dtype }),
+    }),
+    expected: ({ A, absmax }) => ({
+      y: {
+        dtype,
+        shape: [n],
+        values: scalar.dequantizeBlockwise(
+          A!.values as Uint8Array,
+          absmax!.values as Float32Array,
+          CODES[code]!(),
+          blocksize,
+          dtype,
+        ),
+      },
+    }),
+  };
+}
+
+function nestedCase(n: number, blocksize: number): Case {
+  const id = caseId("quantizeBlockwise", "dynamic", "f32", `n=${n}`, `bs=${blocksize}`, "nested");
+  return {
+    id,
+    primitive: "quantizeBlockwise",
+    dtype: "f32",
+    inputs: () => ({ A: floats("f32", n, "normal", id) }),
+    run: ({ A }) => {
+      const [out, state] = quantizeBlockwise(A!, { blocksize, nested: true });
+      return {
+        out,
+        absmax: state.absmax,
+        offset: state.offset!,
+        absmax2: state.state2!.absmax,
+        y: dequantizeBlockwise(out, state),
+      };
+    },
+    expected: ({ A }) => {
+      const code = createDynamicMap();
+      const { q, absmax } = scalar.quantizeBlockwise(A!.values, code, blocksize);
+      const offset = scalar.mean(absmax);
+      const inner = scalar.quantizeBlockwise(absmax, code, blocksize, offset);
+      const back = Float32Array.from(scalar.dequantizeBlockwise(inner.q, inner.absmax, code, blocksize, "f32", offset));
+      return {
+        out: { dtype: "u8", shape: [n], values: q },
+        absmax: { dtype: "u8", shape: [absmax.length], values: inner.q },
+        offset: { dtype: "f32", shape: [], values: [offset] },
+        absmax2: { dtype: "f32", shape: [inner.absmax.length], values: inner.absmax },
+        y: { dtype: "f32", shape: [n], values: scalar.dequantizeBlockwise(q, back, code, blocksize, "f32") },
+      };
+    },
+  };
+}
+
+export function* blockwiseCases(): Generator<Case> {
+  for (const dtype of FLOATS) {
+    for (const n of LENGTHS) yield quantizeCase("dynamic", dtype, n, 256, n % 2 ? "edge" : "normal");
+    for (const blocksize of [32, 64, 128, 512, 1024, 2048, 4096]) {
+      for (const n of SHORT_LENGTHS) yield quantizeCase("dynamic", dtype, n, blocksize, "edge");
+    }
+    for (const code of Object.keys(CODES)) {
+      for (const search of ["auto", "exact"] as const) {
+        yield quantizeCase(code, dtype, 4097, 64, "edge", search);
+        yield quantizeCase(code, dtype, 4096, 4096, "normal", search);
+      }
+      yield dequantizeCase(code, dtype, 1000, 64, 1);
+    }
+    for (const n of LENGTHS) yield dequantizeCase("dynamic", dtype, n, 256, 1);
+    for (const blocksize of [32, 4096]) yield dequantizeCase("dynamic", dtype, 4097, blocksize, 1);
+    for (const scale of [2 ** -20, 2 ** -130, 2 ** 17, 2 ** 127]) yield dequantizeCase("fp8", dtype, 333, 64, scale);
+  }
+  for (const [n, blocksize] of [[0, 64], [1, 64], [4097, 64], [131077, 256]] as const) yield nestedCase(n, blocksize);
+}
