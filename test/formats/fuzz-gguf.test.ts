@@ -10,7 +10,7 @@ import { openGgufModel } from "#halfbyte/formats/gguf-model.js";
 import { bool, ggufBytes, list, seeded, type Typed, text, tinyModel } from "../helpers/gguf-writer.js";
 
 const CASES = 5000;
-const SEED = 20_19;
+const SEED = Number(process.env.HALFBYTE_FUZZ_SEED ?? 2019);
 
 const folder = mkdtempSync(join(tmpdir(), "halfbyte-fuzz-gguf-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -206,7 +206,6 @@ describe("mutated GGUF files", () => {
       expect(performance.now() - started, `milliseconds of case ${i} of seed ${SEED}`).toBeLessThan(5000);
     }
     expect(valid + refused).toBe(CASES);
-    console.log(`${valid} of ${CASES} mutated files are still valid`);
     // Neither all valid nor all refused: the mutations reach the checks and get past them.
     expect(valid).toBeGreaterThan(CASES / 50);
     expect(refused).toBeGreaterThan(CASES / 10);

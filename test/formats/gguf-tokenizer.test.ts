@@ -1,4 +1,5 @@
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { Tokenizer } from "@huggingface/tokenizers";
 import { beforeAll, describe, expect, it } from "vitest";
@@ -15,9 +16,11 @@ interface Variant {
 }
 
 const fixture = (name: string): string => fileURLToPath(new URL(`../fixtures/${name}`, import.meta.url));
-const { pieces, variants } = JSON.parse(readFileSync(fixture("tokenizer-ids.json"), "utf8")) as {
+const { pieces, variants, smollm2 } = JSON.parse(readFileSync(fixture("tokenizer-ids.json"), "utf8")) as {
   pieces: string[];
   variants: Record<string, Variant>;
+  /** The ids of SmolLM2-135M-Instruct's tokenizer, as transformers makes it from the model's GGUF. */
+  smollm2: number[][];
 };
 
 let metadata: ReadonlyMap<string, GgufValue>;
@@ -68,6 +71,21 @@ describe("tokenizerFiles", () => {
         const plain = tokenizer.encode(piece, { add_special_tokens: false }).ids;
         expect(tokenizer.decode(plain, { skip_special_tokens: false })).toBe(piece);
       }
+    });
+  }
+
+  const folder = process.env.HALFBYTE_TEST_MODEL;
+  const label = "SmolLM2-135M-Instruct: the ids of transformers";
+  if (folder === undefined) {
+    it.skip(`${label} (skipped: set HALFBYTE_TEST_MODEL to a folder with its .gguf file)`, () => undefined);
+  } else {
+    it(label, async () => {
+      const file = await openGguf(join(folder, readdirSync(folder).find((name) => name.endsWith(".gguf"))!));
+      await file.close();
+      const files = tokenizerFiles(readGgufTokenizer(file));
+      const [json, config] = ["tokenizer.json", "tokenizer_config.json"].map((name) => JSON.parse(files.get(name)!()));
+      const tokenizer = new Tokenizer(json, config);
+      for (const [i, piece] of pieces.entries()) expect(tokenizer.encode(piece).ids, piece).toEqual(smollm2[i]);
     });
   }
 

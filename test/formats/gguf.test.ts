@@ -1,8 +1,8 @@
-import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { mkdtempSync, rmSync, truncateSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, it } from "vitest";
-import { DisposedError, FormatError, UnsupportedError } from "#halfbyte/core/errors.js";
+import { ArgumentError, DisposedError, FormatError, UnsupportedError } from "#halfbyte/core/errors.js";
 import { type GgufFile, MAX_GGUF_HEADER_BYTES, openGguf } from "#halfbyte/formats/gguf.js";
 import { GGML_TYPES, type GgmlType } from "#halfbyte/formats/gguf-types.js";
 import {
@@ -148,7 +148,7 @@ describe("openGguf", () => {
       const b = file.tensors.get("b")!;
       expect(await file.read(b, 18, 36)).toEqual(tensors[1]!.data.slice(18, 54));
       expect(await file.read(b, 18, 0)).toHaveLength(0);
-      await expect(file.read(b, 170, 11)).rejects.toThrow(RangeError);
+      await expect(file.read(b, 170, 11)).rejects.toBeInstanceOf(ArgumentError);
       await file.close();
       await file.close();
       await expect(file.read(b, 0, 18)).rejects.toBeInstanceOf(DisposedError);
@@ -274,8 +274,7 @@ describe("openGguf", () => {
       .number("uint64", length)
       .finish();
     const path = save(bytes);
-    const { truncate } = await import("node:fs/promises");
-    await truncate(path, length + 4096);
+    truncateSync(path, length + 4096);
     await expect(openGguf(path)).rejects.toThrow(/that a header may span/);
   });
 

@@ -1,0 +1,27 @@
+// Writes docs/support.md from the registry; with --check only says whether it is up to date.
+import { readFileSync, writeFileSync } from "node:fs";
+import { CPU_KERNELS } from "../dist/backend/cpu/kernels.js";
+import { CUDA_MISSING } from "../dist/backend/devices.js";
+import { PRIMITIVE_NAMES, PRIMITIVES } from "../dist/ops/registry.js";
+
+const file = new URL("../docs/support.md", import.meta.url);
+const rows = PRIMITIVE_NAMES.map((name) => {
+  const { upstream, family, kernels, dtypes, golden, summary } = PRIMITIVES[name];
+  const cpu = kernels.every((kernel) => kernel in CPU_KERNELS) ? (kernels.length > 0 ? "yes" : "host") : "no";
+  const checked = typeof golden === "string" ? `\`${golden}\`` : golden.none;
+  return `| \`${name}\` | \`${upstream}\` | ${family} | ${dtypes.join(" ")} | ${cpu} | no | ${checked} | ${summary} |`;
+});
+const text = `# Support
+
+Generated from \`src/ops/registry.ts\` by \`npm run support\`. \`cuda\`: ${CUDA_MISSING}.
+
+| primitive | upstream | family | dtypes | cpu | cuda | golden cases | what it is |
+|---|---|---|---|---|---|---|---|
+${rows.join("\n")}
+`;
+
+if (!process.argv.includes("--check")) writeFileSync(file, text);
+else if (readFileSync(file, "utf8") !== text) {
+  console.error("docs/support.md is out of date: npm run support");
+  process.exit(1);
+}
