@@ -30,7 +30,10 @@ function peerTimes(): Record<string, number> {
     writeFileSync(file, input());
     const python = process.env.HALFBYTE_PYTHON ?? "python3";
     const env = { ...process.env, OMP_NUM_THREADS: "1" };
-    return JSON.parse(execFileSync(python, ["bench/peer.py", file], { encoding: "utf8", env })) as Record<string, number>;
+    return JSON.parse(execFileSync(python, ["bench/peer.py", file], { encoding: "utf8", env })) as Record<
+      string,
+      number
+    >;
   } finally {
     rmSync(folder, { recursive: true });
   }
@@ -52,8 +55,14 @@ const machine = { cpu: cpus()[0]!.model.trim(), cores: cpus().length, node: proc
 if (options.json) {
   console.log(JSON.stringify({ machine, results, stream, peer }, null, 1));
 } else {
-  console.log(`${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; medians of ${options.rounds} rounds\n`);
-  const head = ["", ...threads.map((t) => `${t} worker${t > 1 ? "s" : ""}`), ...(threads.length > 1 ? ["speed-up"] : [])];
+  console.log(
+    `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; medians of ${options.rounds} rounds\n`,
+  );
+  const head = [
+    "",
+    ...threads.map((t) => `${t} worker${t > 1 ? "s" : ""}`),
+    ...(threads.length > 1 ? ["speed-up"] : []),
+  ];
   console.log(`| ${[...head, ...(options.peer ? ["bitsandbytes, 1 thread", "ours to theirs"] : [])].join(" | ")} |`);
   console.log(`|${"---|".repeat(head.length + (options.peer ? 2 : 0))}`);
   for (const name of new Set(results.map((r) => r.name))) {

@@ -25,7 +25,8 @@ function timed(command, args) {
 }
 
 const best = (list) => list.reduce((a, b) => (b.seconds < a.seconds ? b : a));
-const show = (name, { seconds, megabytes }) => console.log(`${name}: ${seconds.toFixed(2)} s, peak ${megabytes.toFixed(0)} MB`);
+const show = (name, { seconds, megabytes }) =>
+  console.log(`${name}: ${seconds.toFixed(2)} s, peak ${megabytes.toFixed(0)} MB`);
 
 try {
   const ours = [];
@@ -33,7 +34,19 @@ try {
   for (let round = 0; round < Number(values.rounds); round++) {
     const out = join(folder, `ours-${round}`);
     const preload = `data:text/javascript,${encodeURIComponent(report)}`;
-    ours.push(timed(process.execPath, ["--import", preload, "dist/cli/main.js", "quantize", source, out, "--type", "nf4", "--json"]));
+    ours.push(
+      timed(process.execPath, [
+        "--import",
+        preload,
+        "dist/cli/main.js",
+        "quantize",
+        source,
+        out,
+        "--type",
+        "nf4",
+        "--json",
+      ]),
+    );
     if (values.peer) {
       const python = process.env.HALFBYTE_PYTHON ?? "python3";
       theirs.push(timed(python, ["bench/peer_model.py", source, join(folder, `theirs-${round}`), usage]));
@@ -43,7 +56,9 @@ try {
   if (theirs.length > 0) {
     const [a, b] = [best(ours), best(theirs)];
     show("transformers + bitsandbytes", b);
-    console.log(`1/${(b.seconds / a.seconds).toFixed(1)} of the time, 1/${(b.megabytes / a.megabytes).toFixed(1)} of the memory`);
+    console.log(
+      `1/${(b.seconds / a.seconds).toFixed(1)} of the time, 1/${(b.megabytes / a.megabytes).toFixed(1)} of the memory`,
+    );
   }
 } finally {
   rmSync(folder, { recursive: true });

@@ -1,5 +1,6 @@
 import { execFileSync } from "node:child_process";
 import type { Worker } from "node:worker_threads";
+import { describe, expect, test } from "vitest";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { MAX_THREADS } from "#halfbyte/backend/cpu/layout.js";
 import { ArgumentError, BackendError, DisposedError, NonFiniteError, OutOfMemoryError } from "#halfbyte/core/errors.js";
@@ -7,7 +8,6 @@ import { liveTensors, Tensor } from "#halfbyte/core/tensor.js";
 import { quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
 import { quantize4bit } from "#halfbyte/ops/fourbit.js";
 import { int8VectorwiseQuant } from "#halfbyte/ops/int8.js";
-import { describe, expect, test } from "vitest";
 import { withBackend } from "../helpers/backends.js";
 import { normals } from "../helpers/random.js";
 
@@ -57,7 +57,11 @@ describe("order", () => {
         t.dispose();
         using reuse = bytes(backend, n);
         fill(reuse, 4);
-        for (const [value, read] of [[1, first], [2, second], [3, third]] as const) {
+        for (const [value, read] of [
+          [1, first],
+          [2, second],
+          [3, third],
+        ] as const) {
           const data = await read;
           expect([data.length, data[0], data[n - 1], data.every((v) => v === value)]).toEqual([n, value, value, true]);
         }
@@ -234,22 +238,15 @@ describe("failure", () => {
 });
 
 describe("memory", () => {
-  test("out of memory says what was asked and what is free; smaller requests then work; nothing is leaked", () =>
+  test("out of memory says what was asked and what is free; smaller requests then work", () =>
     withBackend({ memoryLimit: 64 * MB, guards: false }, async (backend) => {
       using small = bytes(backend, 10 * MB);
-      const before = backend.memory();
       expect(() => bytes(backend, 100 * MB)).toThrow(OutOfMemoryError);
-      expect(() => bytes(backend, 100 * MB)).toThrow(/104857600 bytes requested, .* of 67108864 bytes free.*tidy/);
-      using x = floats(backend, new Float32Array((40 * MB) / 4));
-      expect(() => quantizeBlockwise(x, { blocksize: 32 })).not.toThrow();
-      expect(() => bytes(backend, 30 * MB)).toThrow(OutOfMemoryError);
-      expect(liveTensors(backend)).toBeGreaterThan(1);
-      void before;
+      expect(() => bytes(backend, 100 * MB)).toThrow(/104857600 bytes requested, \d+ of 67108864 bytes free.*tidy/);
+      using _most = bytes(backend, 50 * MB);
+      expect(() => bytes(backend, 10 * MB)).toThrow(OutOfMemoryError);
       fill(small, 9);
       expect((await small.data())[0]).toBe(9);
-    }).catch((error: unknown) => {
-      // The quantization's results above are dropped on purpose: the collector would find them, this test does not wait.
-      if (!/live tensors/.test(String(error))) throw error;
     }));
 
   test("an op that runs out of memory half way leaves nothing", () =>
@@ -303,7 +300,10 @@ describe("options", () => {
 describe("the process exits by itself", () => {
   const prelude = `import { tensor, quantize4bit, init } from "halfbyte"; const x = tensor(new Float32Array(1 << 20));`;
   const run = (code: string): string =>
-    execFileSync(process.execPath, ["--input-type=module", "-e", `${prelude}\n${code}`], { encoding: "utf8", timeout: 20_000 });
+    execFileSync(process.execPath, ["--input-type=module", "-e", `${prelude}\n${code}`], {
+      encoding: "utf8",
+      timeout: 20_000,
+    });
 
   test("after a read, with workers idle", () => {
     expect(run(`console.log((await x.data()).length);`)).toBe("1048576\n");

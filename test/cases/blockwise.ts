@@ -1,10 +1,5 @@
 import { dequantizeBlockwise, quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
-import {
-  createDynamicMap,
-  createFp8Map,
-  createLinearMap,
-  createNormalMap,
-} from "#halfbyte/quant/codebooks.js";
+import { createDynamicMap, createFp8Map, createLinearMap, createNormalMap } from "#halfbyte/quant/codebooks.js";
 import { random } from "../helpers/random.js";
 import * as scalar from "../helpers/scalar.js";
 import { type Case, caseId, FLOATS, floats, type Kind, LENGTHS, SHORT_LENGTHS } from "./case.js";
@@ -59,7 +54,13 @@ function quantizeCase(
   };
 }
 
-function dequantizeCase(code: CodeName, dtype: (typeof FLOATS)[number], n: number, blocksize: number, scale: number): Case {
+function dequantizeCase(
+  code: CodeName,
+  dtype: (typeof FLOATS)[number],
+  n: number,
+  blocksize: number,
+  scale: number,
+): Case {
   const id = caseId("dequantizeBlockwise", code, dtype, `n=${n}`, `bs=${blocksize}`, `scale=${scale}`);
   const blocks = Math.ceil(n / blocksize);
   return {
@@ -147,5 +148,11 @@ export function* blockwiseCases(): Generator<Case> {
     for (const blocksize of [32, 4096]) yield dequantizeCase("dynamic", dtype, 4097, blocksize, 1);
     for (const scale of [2 ** -20, 2 ** -130, 2 ** 17, 2 ** 127]) yield dequantizeCase("fp8", dtype, 333, 64, scale);
   }
-  for (const [n, blocksize] of [[0, 64], [1, 64], [4097, 64], [131077, 256]] as const) yield nestedCase(n, blocksize);
+  for (const [n, blocksize] of [
+    [0, 64],
+    [1, 64],
+    [4097, 64],
+    [131077, 256],
+  ] as const)
+    yield nestedCase(n, blocksize);
 }

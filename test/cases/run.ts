@@ -5,7 +5,11 @@ import { Tensor } from "#halfbyte/core/tensor.js";
 import { type Case, fromHostBytes, type Host, hostBytes } from "./case.js";
 
 /** Uploads the inputs, runs the case, gives the outputs' bytes back. Leaves no tensor behind. */
-export function runCase(backend: Backend, c: Case, inputs: Record<string, Host>): Record<string, Uint8Array<ArrayBuffer>> {
+export function runCase(
+  backend: Backend,
+  c: Case,
+  inputs: Record<string, Host>,
+): Record<string, Uint8Array<ArrayBuffer>> {
   return tidy(() => {
     const operands: Record<string, Tensor> = {};
     for (const [name, host] of Object.entries(inputs)) {
@@ -24,6 +28,9 @@ export function compare(c: Case, name: string, expected: Host, actual: Uint8Arra
   const a = fromHostBytes(expected.dtype, want);
   const b = fromHostBytes(expected.dtype, actual);
   const bad = a.flatMap((v, i) => (Object.is(v, b[i]) ? [] : [i]));
-  const at = bad.reduce((worst, i) => (Math.abs(a[i]! - b[i]!) > Math.abs(a[worst]! - b[worst]!) ? i : worst), bad[0] ?? 0);
+  const at = bad.reduce(
+    (worst, i) => (Math.abs(a[i]! - b[i]!) > Math.abs(a[worst]! - b[worst]!) ? i : worst),
+    bad[0] ?? 0,
+  );
   return `${name}: ${bad.length} of ${a.length} differ (got ${b.length}), worst [${at}] expected ${a[at]} got ${b[at]}\n  HALFBYTE_CASE='${c.id}' npx vitest run test/ops`;
 }

@@ -1,6 +1,6 @@
-import { init, shutdown, tensor } from "#halfbyte/index.js";
-import { DTYPES, type DType } from "#halfbyte/core/dtype.js";
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
+import { DTYPES, type DType } from "#halfbyte/core/dtype.js";
+import { init, shutdown, tensor } from "#halfbyte/index.js";
 import { random } from "../helpers/random.js";
 import { decode, encode, f32FromBits, round } from "../helpers/scalar.js";
 
@@ -36,7 +36,8 @@ test("f32 to f16 and bf16: rounding boundaries, denormals, overflow, NaN", () =>
   for (const dtype of ["f16", "bf16"] as const) {
     for (let i = 0; i < 65536; i += 3) {
       const bits = encode("f32", decode(dtype, i));
-      for (const step of [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001]) values.push(f32FromBits((bits + step) >>> 0));
+      for (const step of [0, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001])
+        values.push(f32FromBits((bits + step) >>> 0));
     }
   }
   for (let i = 0; i < 100_000; i++) values.push(f32FromBits(next()));
@@ -59,7 +60,29 @@ test("every pair of dtypes at awkward lengths", () => {
     u8: [0, 255],
     i32: [-(2 ** 31), 2 ** 31 - 1],
   };
-  const special = [0, -0, 1.5, -1.5, 2.5, -2.5, 127.9, 128, -128.9, -129, 255.5, 256, -1, 3e9, -3e9, 65504, 65520, 1e-8, Number.NaN, Number.POSITIVE_INFINITY, Number.NEGATIVE_INFINITY];
+  const special = [
+    0,
+    -0,
+    1.5,
+    -1.5,
+    2.5,
+    -2.5,
+    127.9,
+    128,
+    -128.9,
+    -129,
+    255.5,
+    256,
+    -1,
+    3e9,
+    -3e9,
+    65504,
+    65520,
+    1e-8,
+    Number.NaN,
+    Number.POSITIVE_INFINITY,
+    Number.NEGATIVE_INFINITY,
+  ];
   for (const from of DTYPES) {
     for (const n of [0, 1, 7, 8, 15, 16, 17, 21, 100, 65537]) {
       const isFloat = from === "f32" || from === "f16" || from === "bf16";
@@ -83,7 +106,8 @@ test("every pair of dtypes at awkward lengths", () => {
               : Number.isNaN(v)
                 ? 0
                 : Math.max(low, Math.min(high, Math.trunc(v))) + 0;
-          if (!Object.is(got[i], want)) expect.fail(`${from} to ${to}, n=${n}: [${i}] ${v} gave ${got[i]}, expected ${want}`);
+          if (!Object.is(got[i], want))
+            expect.fail(`${from} to ${to}, n=${n}: [${i}] ${v} gave ${got[i]}, expected ${want}`);
         }
       }
     }

@@ -1,11 +1,11 @@
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
-import { type DType, DTYPES } from "#halfbyte/core/dtype.js";
+import { DTYPES, type DType } from "#halfbyte/core/dtype.js";
 import { ArgumentError, DeviceError, DisposedError, DTypeError, ShapeError } from "#halfbyte/core/errors.js";
-import { init, keep, memory, shutdown, tensor, tidy, zeros } from "#halfbyte/index.js";
 import { liveTensors, Tensor } from "#halfbyte/core/tensor.js";
 import { HAS_FLOAT16_ARRAY } from "#halfbyte/core/typedarray.js";
+import { init, keep, memory, shutdown, tensor, tidy, zeros } from "#halfbyte/index.js";
 import { quantize4bit } from "#halfbyte/ops/fourbit.js";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { withBackend } from "../helpers/backends.js";
 
 beforeAll(async () => {
@@ -37,7 +37,10 @@ describe("creation", () => {
     using bf = tensor([1, 1 + 2 ** -8, 1 + 3 * 2 ** -8], { dtype: "bf16" });
     expect([...bf.dataSync()]).toEqual([0x3f80, 0x3f80, 0x3f82]);
     using ints = tensor([1, 2, 3, 4], { dtype: "i8", shape: [2, 2] });
-    expect([[...ints.shape], [...ints.dataSync()]]).toEqual([[2, 2], [1, 2, 3, 4]]);
+    expect([[...ints.shape], [...ints.dataSync()]]).toEqual([
+      [2, 2],
+      [1, 2, 3, 4],
+    ]);
     using none = tensor([], { shape: [0, 3] });
     expect((await none.data()).length).toBe(0);
     using z = zeros([3, 3], { dtype: "i32" });
@@ -46,7 +49,9 @@ describe("creation", () => {
 
   test("what does not fit is an error that says so, and nothing is kept", () => {
     const before = memory().cpu!.tensors;
-    expect(() => tensor(Uint16Array.of(1))).toThrow(/dtype: expected f16 or bf16 for this array, received Uint16Array\(1\)/);
+    expect(() => tensor(Uint16Array.of(1))).toThrow(
+      /dtype: expected f16 or bf16 for this array, received Uint16Array\(1\)/,
+    );
     expect(() => tensor([1, 2], { shape: [3] })).toThrow(ShapeError);
     expect(() => tensor([1], { shape: [-1] })).toThrow(ShapeError);
     expect(() => tensor([1.5], { dtype: "i8" })).toThrow(/data\[0\]: expected an integer that i8 holds, received 1.5/);
@@ -135,7 +140,12 @@ describe("lifetime", () => {
     });
     expect([...(escaped!.dataSync() as Float32Array)]).toEqual([6]);
     escaped!.dispose();
-    expect(() => tidy(() => { tensor([1]); throw new RangeError("mine"); })).toThrow("mine");
+    expect(() =>
+      tidy(() => {
+        tensor([1]);
+        throw new RangeError("mine");
+      }),
+    ).toThrow("mine");
     expect(() => tidy(async () => tensor([1]))).toThrow(/a synchronous function/);
     expect(memory().cpu!.tensors).toBe(before);
   });

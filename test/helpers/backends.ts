@@ -1,9 +1,10 @@
 /** The backends a test runs on. One that is not there is skipped with its reason in the output, never silently. */
+
+import { expect } from "vitest";
 import { CpuBackend, type CpuOptions } from "#halfbyte/backend/cpu/backend.js";
 import { CUDA_MISSING } from "#halfbyte/backend/devices.js";
 import type { DeviceName } from "#halfbyte/core/backend.js";
 import { liveTensors } from "#halfbyte/core/tensor.js";
-import { expect } from "vitest";
 
 export const DEVICES: readonly { readonly device: DeviceName; readonly missing: string | undefined }[] = [
   { device: "cpu", missing: undefined },

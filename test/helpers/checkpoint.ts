@@ -29,7 +29,11 @@ export function dataOf(name: string, tensor: TestTensor): Uint8Array {
 }
 
 /** A file from a header text (or object) and data. `declared` replaces the header's length. */
-export function rawFile(header: string | object | Uint8Array, data: Uint8Array | number = 0, declared?: number | bigint) {
+export function rawFile(
+  header: string | object | Uint8Array,
+  data: Uint8Array | number = 0,
+  declared?: number | bigint,
+) {
   const text = typeof header === "string" ? header : header instanceof Uint8Array ? header : JSON.stringify(header);
   const json = Buffer.from(text as string);
   const prefix = Buffer.alloc(8);

@@ -1,7 +1,8 @@
 /** Runs the case list of a family on every backend: bits against the scalar reference, guards, leaks. */
+
+import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { liveTensors } from "#halfbyte/core/tensor.js";
-import { afterAll, beforeAll, describe, expect, test } from "vitest";
 import { CASES } from "../cases/index.js";
 import { compare, runCase } from "../cases/run.js";
 import { DEVICES } from "./backends.js";

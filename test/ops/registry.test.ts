@@ -1,9 +1,9 @@
 import { readdirSync } from "node:fs";
+import { describe, expect, test } from "vitest";
 import { CPU_KERNELS } from "#halfbyte/backend/cpu/kernels.js";
 import { KERNEL_NAMES } from "#halfbyte/core/kernels.js";
 import * as api from "#halfbyte/index.js";
 import { PRIMITIVE_NAMES, PRIMITIVES } from "#halfbyte/ops/registry.js";
-import { describe, expect, test } from "vitest";
 import { allCases, CASES } from "../cases/index.js";
 
 describe("registry", () => {
@@ -20,7 +20,8 @@ describe("registry", () => {
       expect(covered.has(name), `${name} has no case`).toBe(true);
       expect(info.family in CASES, `${info.family} has no case list`).toBe(true);
       if (name.startsWith("quantize") || name.startsWith("int8VectorwiseQ")) {
-        for (const dtype of info.dtypes) expect(covered.get(name)!.has(dtype), `${name} has no ${dtype} case`).toBe(true);
+        for (const dtype of info.dtypes)
+          expect(covered.get(name)!.has(dtype), `${name} has no ${dtype} case`).toBe(true);
       }
     }
   });
@@ -38,13 +39,20 @@ describe("registry", () => {
   });
 
   test("every kernel is used by a primitive or by tensors, and partitioned on the cpu", () => {
-    const used = new Set<string>(["copy", "fill", "convert", ...PRIMITIVE_NAMES.flatMap((n) => [...PRIMITIVES[n].kernels])]);
+    const used = new Set<string>([
+      "copy",
+      "fill",
+      "convert",
+      ...PRIMITIVE_NAMES.flatMap((n) => [...PRIMITIVES[n].kernels]),
+    ]);
     expect([...used].sort()).toEqual([...KERNEL_NAMES].sort());
     expect(Object.keys(CPU_KERNELS).sort()).toEqual([...KERNEL_NAMES].sort());
   });
 
   test("one name finds a family everywhere", () => {
-    const families = new Set(PRIMITIVE_NAMES.filter((n) => PRIMITIVES[n].kernels.length > 0).map((n) => PRIMITIVES[n].family));
+    const families = new Set(
+      PRIMITIVE_NAMES.filter((n) => PRIMITIVES[n].kernels.length > 0).map((n) => PRIMITIVES[n].family),
+    );
     for (const family of families) {
       expect(readdirSync("asm"), family).toContain(`${family}.ts`);
       expect(readdirSync("src/ops"), family).toContain(`${family}.ts`);

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Quantizes SmolLM2 by the command, from the GGUF and from a Hugging Face folder, in every type, and asks transformers +
+# bitsandbytes what they think of the results. Makes its own Python environment in build/interop.
+# Usage: test/interop/run.sh [COUNTS.json]      HALFBYTE_PYTHON names a Python that has everything already.
+set -euo pipefail
+counts=$(realpath -m "${1:-build/interop/counts.json}")
+cd "$(dirname "$0")/../.."
+work=build/interop
+mkdir -p "$work"
+
+python=${HALFBYTE_PYTHON:-$work/venv/bin/python}
+if [ -z "${HALFBYTE_PYTHON:-}" ] && ! cmp -s test/interop/requirements.txt "$work/installed.txt"; then
+  python3 -m venv "$work/venv"
+  # torch first and alone: a later resolution must not replace its CPU build.
+  "$python" -m pip install --quiet "$(grep ^torch== test/interop/requirements.txt)"
+  "$python" -m pip install --quiet -r test/interop/requirements.txt
+  cp test/interop/requirements.txt "$work/installed.txt"
+fi
+
+gguf=$(node scripts/fetch-model.mjs)
+[ -e "$work/hf/model.safetensors" ] || "$python" test/interop/reference.py "$gguf" "$work/hf"
+
+outputs=()
+for source in "$gguf" "$work/hf"; do
+  route=$([ -d "$source" ] && echo hf || echo gguf)
+  for type in "nf4" "nf4 --double-quant" "fp4" "int8"; do
+    out=$work/out/$route-${type// --/-}
+    # shellcheck disable=SC2086 — the type carries its option
+    node dist/cli/main.js quantize "$source" "$out" --type $type --force --json >"$work/quantize.json"
+    outputs+=("$out")
+  done
+done
+"$python" test/interop/check.py --counts "$counts" "$work/hf" "${outputs[@]}"
