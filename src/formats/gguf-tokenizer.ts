@@ -34,7 +34,7 @@ const SPLITS: ReadonlyMap<string, string | null> = new Map([
   ["default", null],
   ["gpt-2", null],
   // transformers splits as GPT-2 does; the tokenizer these models were trained with also cuts before every digit. The
-  // ids differ only where two or more white-space characters precede a digit.
+  // ids can differ where digits follow a run of white space, and for numerals outside ASCII.
   ["smollm", null],
   ["llama-bpe", LLAMA3_SPLIT],
   ["llama3", LLAMA3_SPLIT],

@@ -1,9 +1,10 @@
 /**
- * JSON as Python's `json` module writes and reads it. Python tells 1 from 1.0, JavaScript does not, and both bitsandbytes'
- * quant states and transformers' strict configuration classes mind the difference: floats are `PyFloat` here, plain
- * numbers are Python ints.
+ * JSON as Python's `json` module writes and reads it. Python tells 1 from 1.0, JavaScript does not, and both
+ * bitsandbytes' quant states and transformers' strict configuration classes mind the difference: floats are `PyFloat`
+ * here, plain numbers are Python ints.
  */
-import { ArgumentError, FormatError } from "../core/errors.js";
+import { ArgumentError } from "../core/errors.js";
+import { JsonReader } from "./json-reader.js";
 
 /** A Python float. Everything `json.dumps` prints by `float.__repr__`. */
 export class PyFloat {
@@ -20,7 +21,9 @@ export type PyObject = ReadonlyMap<string, PyJson>;
 /** What JSON can say in Python: `number` and `bigint` are ints (a `number` must be a safe integer). */
 export type PyJson = null | boolean | string | number | bigint | PyFloat | readonly PyJson[] | PyObject;
 
-/** `float.__repr__`: the shortest digits that read back as the same double, with an exponent below 1e-4 and from 1e16. */
+/**
+ * `float.__repr__`: the shortest digits that read back as the same double, with an exponent below 1e-4 and from 1e16.
+ */
 export function pyFloatRepr(value: number): string {
   if (Number.isNaN(value)) return "NaN";
   if (!Number.isFinite(value)) return value > 0 ? "Infinity" : "-Infinity";
@@ -49,7 +52,9 @@ const ESCAPES: Readonly<Record<string, string>> = {
   "\b": "\\b",
 };
 
-/** A string as `json.dumps` writes it with `ensure_ascii`: everything outside printable ASCII escaped by UTF-16 unit. */
+/**
+ * A string as `json.dumps` writes it with `ensure_ascii`: everything outside printable ASCII escaped by UTF-16 unit.
+ */
 function dumpString(text: string): string {
   const body = text.replace(
     /["\\]|[^ -~]/g,
@@ -149,8 +154,8 @@ export function toPlain(value: PyJson): unknown {
 }
 
 /**
- * The reverse of `toPlain`, as far as it can be: integral numbers become ints, all others floats. A `PyFloat` stays one.
- * Throws ArgumentError for what JSON cannot hold.
+ * The reverse of `toPlain`, as far as it can be: integral numbers become ints, all others floats. A `PyFloat` stays
+ * one. Throws ArgumentError for what JSON cannot hold.
  */
 export function fromPlain(value: unknown): PyJson {
   if (value === null || typeof value === "boolean" || typeof value === "string" || typeof value === "bigint")
@@ -166,20 +171,16 @@ export function fromPlain(value: unknown): PyJson {
   throw new ArgumentError("fromPlain", "value", "something JSON can hold", typeof value);
 }
 
-/** Deepest nesting that `parsePyJson` follows: far above any real file, far below the end of the stack. */
-export const MAX_JSON_DEPTH = 128;
-/** Python refuses to read longer ints too. */
-const MAX_INT_DIGITS = 4300;
-
 /**
- * Parses JSON strictly: no duplicate keys, no trailing characters, no lone surrogates, nesting up to MAX_JSON_DEPTH. Like
- * Python it takes NaN, Infinity and -Infinity. Time and memory are linear in the text.
- * @param format what the text is, for messages (`quant_state`, `safetensors` ...)
+ * Parses JSON strictly: no duplicate keys, no trailing characters, no lone surrogates, bounded nesting (see JsonReader).
+ * Like Python it takes NaN, Infinity and -Infinity. The tree can take many times the memory of the text: callers bound
+ * the text, or read it piece by piece.
+ * @param format what the text is, for messages (`quant_state`, `config` ...)
  * @param where the file or tensor it came from
  * @throws FormatError with the position of the first problem
  */
 export function parsePyJson(text: string, format: string, where: string): PyJson {
-  return new Parser(text, format, where).document();
+  return readDocument(new JsonReader(text, format, where), readPyJson);
 }
 
 /**
@@ -187,174 +188,38 @@ export function parsePyJson(text: string, format: string, where: string): PyJson
  * @throws FormatError also for bytes that are not UTF-8
  */
 export function parsePyJsonBytes(bytes: Uint8Array, format: string, where: string): PyJson {
-  let text: string;
-  try {
-    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-  } catch (cause) {
-    throw new FormatError(format, where, "is not valid UTF-8", { cause });
-  }
-  return parsePyJson(text, format, where);
+  return readDocument(JsonReader.of(bytes, format, where), readPyJson);
 }
 
-// JSON's numbers; Python's three words for the others come first.
-const NUMBER = /NaN|Infinity|-Infinity|-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?/y;
-const UNESCAPE: Readonly<Record<string, string>> = {
-  '"': '"',
-  "\\": "\\",
-  "/": "/",
-  b: "\b",
-  f: "\f",
-  n: "\n",
-  r: "\r",
-  t: "\t",
-};
+function readDocument<T>(reader: JsonReader, read: (reader: JsonReader) => T): T {
+  const value = read(reader);
+  reader.end();
+  return value;
+}
 
-class Parser {
-  private at = 0;
-
-  constructor(
-    private readonly text: string,
-    private readonly format: string,
-    private readonly where: string,
-  ) {}
-
-  document(): PyJson {
-    this.space();
-    const value = this.value(0);
-    this.space();
-    if (this.at < this.text.length) this.fail("nothing after the value");
-    return value;
-  }
-
-  private fail(expected: string): never {
-    const rest = this.text.slice(this.at, this.at + 20);
-    const found = this.at >= this.text.length ? "the end of the text" : JSON.stringify(rest);
-    throw new FormatError(this.format, this.where, `invalid JSON at ${this.at}: expected ${expected}, found ${found}`);
-  }
-
-  private space(): void {
-    for (; ; this.at++) {
-      const c = this.text.charCodeAt(this.at);
-      if (c !== 0x20 && c !== 0x0a && c !== 0x0d && c !== 0x09) return;
+function readPyJson(reader: JsonReader): PyJson {
+  switch (reader.kind()) {
+    case "object": {
+      const object = new Map<string, PyJson>();
+      reader.object((key) => {
+        if (object.has(key)) reader.duplicate(key);
+        object.set(key, readPyJson(reader));
+      });
+      return object;
     }
-  }
-
-  private value(depth: number): PyJson {
-    if (depth > MAX_JSON_DEPTH) this.fail(`at most ${MAX_JSON_DEPTH} levels of nesting`);
-    switch (this.text[this.at]) {
-      case "{":
-        return this.object(depth);
-      case "[":
-        return this.list(depth);
-      case '"':
-        return this.string();
-      case "t":
-        return this.word("true", true);
-      case "f":
-        return this.word("false", false);
-      case "n":
-        return this.word("null", null);
-      default:
-        return this.number();
+    case "list": {
+      const list: PyJson[] = [];
+      reader.list(() => list.push(readPyJson(reader)));
+      return list;
     }
-  }
-
-  private word<T>(word: string, value: T): T {
-    if (!this.text.startsWith(word, this.at)) this.fail("a value");
-    this.at += word.length;
-    return value;
-  }
-
-  private object(depth: number): PyObject {
-    const object = new Map<string, PyJson>();
-    this.at++;
-    this.space();
-    if (this.take("}")) return object;
-    do {
-      this.space();
-      if (this.text[this.at] !== '"') this.fail("a key in double quotes");
-      const start = this.at;
-      const key = this.string();
-      if (object.has(key)) {
-        this.at = start;
-        this.fail("every key once");
-      }
-      this.space();
-      if (!this.take(":")) this.fail('":"');
-      this.space();
-      object.set(key, this.value(depth + 1));
-      this.space();
-    } while (this.take(","));
-    if (!this.take("}")) this.fail('"," or "}"');
-    return object;
-  }
-
-  private list(depth: number): PyJson[] {
-    const list: PyJson[] = [];
-    this.at++;
-    this.space();
-    if (this.take("]")) return list;
-    do {
-      this.space();
-      list.push(this.value(depth + 1));
-      this.space();
-    } while (this.take(","));
-    if (!this.take("]")) this.fail('"," or "]"');
-    return list;
-  }
-
-  private take(c: string): boolean {
-    if (this.text[this.at] !== c) return false;
-    this.at++;
-    return true;
-  }
-
-  private number(): number | bigint | PyFloat {
-    NUMBER.lastIndex = this.at;
-    const match = NUMBER.exec(this.text);
-    if (match === null) this.fail("a value");
-    const [literal, fraction, exponent] = match;
-    const isInt = fraction === undefined && exponent === undefined && !/[NI]/.test(literal);
-    if (isInt && literal.length > MAX_INT_DIGITS) this.fail(`at most ${MAX_INT_DIGITS} digits`);
-    this.at += literal.length;
-    const value = Number(literal);
-    if (!isInt) return pyFloat(value);
-    // Python has no negative zero among its ints.
-    return Number.isSafeInteger(value) ? value + 0 : BigInt(literal);
-  }
-
-  private string(): string {
-    let out = "";
-    let start = ++this.at;
-    for (;;) {
-      const c = this.text.charCodeAt(this.at);
-      if (c === 0x22) {
-        out += this.text.slice(start, this.at++);
-        if (!out.isWellFormed()) this.fail("a string without lone surrogates before this");
-        return out;
-      }
-      if (Number.isNaN(c)) this.fail("a closing quote");
-      if (c < 0x20) this.fail("no control characters in a string");
-      if (c !== 0x5c) {
-        this.at++;
-        continue;
-      }
-      out += this.text.slice(start, this.at) + this.escape();
-      start = this.at;
+    case "string":
+      return reader.string();
+    case "number": {
+      const { value, isInt, literal } = reader.number();
+      if (!isInt) return pyFloat(value);
+      return Number.isSafeInteger(value) ? value : BigInt(literal);
     }
-  }
-
-  /** Reads one escape sequence and stands behind it. */
-  private escape(): string {
-    const c = this.text[this.at + 1] ?? "";
-    if (c === "u") {
-      const hex = this.text.slice(this.at + 2, this.at + 6);
-      if (!/^[0-9a-fA-F]{4}$/.test(hex)) this.fail("four hex digits after \\u");
-      this.at += 6;
-      return String.fromCharCode(Number.parseInt(hex, 16));
-    }
-    if (!Object.hasOwn(UNESCAPE, c)) this.fail("an escape that JSON knows");
-    this.at += 2;
-    return UNESCAPE[c]!;
+    case "word":
+      return reader.word();
   }
 }

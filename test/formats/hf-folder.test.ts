@@ -1,4 +1,4 @@
-import { appendFileSync, mkdirSync, readdirSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import { appendFileSync, mkdirSync, readdirSync, rmSync, symlinkSync, truncateSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeEach, describe, expect, it } from "vitest";
 import { ArgumentError, DisposedError, FormatError } from "#halfbyte/core/errors.js";
@@ -254,6 +254,8 @@ describe("openHfFolder refuses", () => {
       writeFileSync(folder.file("config.json"), text);
       expect(await problem()).toMatch(message);
     }
+    truncateSync(folder.file("config.json"), 8_000_001);
+    expect(await problem()).toMatch(/has 8000001 bytes, more than/);
     rmSync(folder.file("config.json"));
     mkdirSync(folder.file("config.json"));
     expect(await problem()).toMatch(/config.json: is not a regular file/);

@@ -2,6 +2,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
+import { HalfbyteError } from "#halfbyte/core/errors.js";
 import { bytesOfShape } from "#halfbyte/formats/safetensors.js";
 import type { SafetensorsDType, SourceTensor } from "#halfbyte/formats/source.js";
 import { random } from "./random.js";
@@ -77,4 +78,15 @@ export async function rejection(promise: Promise<unknown>): Promise<unknown> {
   }
   if (resolved) throw new Error("expected a rejection");
   return error;
+}
+
+/** The typed error that a task throws; fails when it throws none, or another. */
+export function failure(task: () => unknown): HalfbyteError {
+  try {
+    task();
+  } catch (error) {
+    if (error instanceof HalfbyteError) return error;
+    throw error;
+  }
+  throw new Error("expected an error");
 }
