@@ -14,6 +14,8 @@ import { DequantizeBlockwise as D, QuantizeBlockwise as Q } from "./generated/op
 import {
   absmaxBits,
   absmaxIgnoringNaN,
+  absmaxOfBlocks,
+  allBetween,
   bf16,
   f16,
   flushed,
@@ -21,7 +23,12 @@ import {
   load1,
   load4,
   maxFinite,
-  maxScale,
+  isF16,
+  isOn,
+  minScaled,
+  Off,
+  On,
+  shiftedAbsmaxOfBlocks,
   SMALLEST_NORMAL,
   scale4,
   scaleFactor,
@@ -48,92 +55,143 @@ export function dequantizeBlockwise(op: usize, begin: u32, end: u32): void {
   else unreachable();
 }
 
+/** Elements whose absmax are found before their codes: a block's chain of latencies hides behind other blocks. */
+const RUN: u32 = 4096;
+
 function quantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
   const blocksize = load<u32>(op, Q.blocksize);
   const n = load<u32>(op, Q.n);
-  const code = load<usize>(op, Q.code);
   const table = load<usize>(op, Q.table);
-  const allowNonFinite = load<u32>(op, Q.allowNonFinite);
-  const entries = table + SEARCH_HEADER;
-  const floor: f32 = table ? load<f32>(table) : -1;
-  for (let block = begin; block < end; block++) {
-    const first = block * blocksize;
-    const count = min(blocksize, n - first);
-    const x = load<usize>(op, Q.x) + first * sizeof<T>();
-    const q = load<usize>(op, Q.q) + first;
-    const bits = absmaxBits<T>(x, count);
-    let absmax = reinterpret<f32>(bits);
-    if (bits >= INFINITY) {
-      if (!allowNonFinite) fault(op, block);
-      absmax = absmaxIgnoringNaN<T>(x, count);
-    }
-    absmax = flushed(absmax);
-    store<f32>(load<usize>(op, Q.absmax) + block * 4, absmax);
-    if (absmax == 0) {
-      memory.fill(q, 0, count);
+  const shift = load<usize>(op, Q.offset);
+  const least = leastPlain<T>(table);
+  const run = max<u32>(1, RUN / blocksize);
+  for (let first = begin; first < end; first += run) {
+    const blocks = min(run, end - first);
+    const i = first * blocksize;
+    const x = load<usize>(op, Q.x) + i * sizeof<T>();
+    const q = load<usize>(op, Q.q) + i;
+    const absmax = load<usize>(op, Q.absmax) + first * 4;
+    if (shift) shiftedAbsmaxOfBlocks<T>(x, absmax, blocks, blocksize, n - i, load<f32>(shift));
+    else absmaxOfBlocks<T>(x, absmax, blocks, blocksize, n - i);
+    const whole = blocksize % 16 == 0 && blocks * blocksize <= n - i;
+    if (table && !shift && whole && allBetween(absmax, blocks, reinterpret<u32>(least), INFINITY - 1)) {
+      quantizeFast<T, Off, Off>(x, q, absmax, blocks, blocksize, table + SEARCH_HEADER, 0);
       continue;
     }
-    const r: f32 = 1 / absmax;
-    let done: u32 = 0;
-    if (table != 0 && bits < INFINITY && r <= maxScale<T>()) {
-      done = count & -16;
-      if (done) quantizeFast<T>(x, q, done, r, entries);
-    }
-    for (let i = done; i < count; i++) {
-      const s = flushed(flushed(load1<T>(x + i * sizeof<T>())) * r);
-      store<u8>(q + i, nearest(code, s));
+    for (let k: u32 = 0; k < blocks; k++) {
+      const j = k * blocksize;
+      quantizeBlock<T>(op, first + k, x + j * sizeof<T>(), q + j, min(blocksize, n - i - j), least);
     }
   }
 }
 
-function quantizeFast<T>(x: usize, q: usize, n: u32, r: f32, entries: usize): void {
-  const factor = scaleFactor<T>(r);
-  const base = i32x4.splat(<i32>entries);
-  const small = f32x4.splat(max(r, <f32>1) * SMALLEST_NORMAL);
-  const end = q + n;
+/**
+ * The least absmax at which nothing needs to be flushed: below it a denormal x can get to where this codebook has a
+ * boundary (most have none near zero). f16 has no denormal x as f32.
+ */
+function leastPlain<T>(table: usize): f32 {
+  if (isF16<T>() || !table) return minScaled<T>();
+  return max<f32>(minScaled<T>(), <f32>1.001 * (SMALLEST_NORMAL / load<f32>(table)));
+}
+
+/** Quantizes a block whose absmax has been found. */
+function quantizeBlock<T>(op: usize, block: u32, x: usize, q: usize, count: u32, least: f32): void {
+  const absmaxAt = load<usize>(op, Q.absmax) + block * 4;
+  const shift = load<usize>(op, Q.offset);
+  const offset: f32 = shift ? load<f32>(shift) : 0;
+  const bits = load<u32>(absmaxAt);
+  let absmax = reinterpret<f32>(bits);
+  if (bits >= INFINITY) {
+    if (!load<u32>(op, Q.allowNonFinite)) fault(op, block);
+    absmax = absmaxIgnoringNaN<T>(x, count, offset);
+    store<f32>(absmaxAt, absmax);
+  }
+  if (absmax < SMALLEST_NORMAL) {
+    store<f32>(absmaxAt, 0);
+    memory.fill(q, 0, count);
+    return;
+  }
+  let done: u32 = 0;
+  const table = load<usize>(op, Q.table);
+  if (table != 0 && bits < INFINITY && absmax >= minScaled<T>() && count >= 16) {
+    done = count & -16;
+    const entries = table + SEARCH_HEADER;
+    if (shift) quantizeFast<T, On, On>(x, q, absmaxAt, 1, done, entries, offset);
+    else if (absmax < least) quantizeFast<T, Off, On>(x, q, absmaxAt, 1, done, entries, 0);
+    else quantizeFast<T, Off, Off>(x, q, absmaxAt, 1, done, entries, 0);
+  }
+  const code = load<usize>(op, Q.code);
+  const r: f32 = <f32>1 / absmax;
+  for (let i = done; i < count; i++) {
+    const v = load1<T>(x + i * sizeof<T>()) - offset;
+    store<u8>(q + i, nearest(code, flushed(flushed(v) * r)));
+  }
+}
+
+/** Whole blocks, 16 elements at a time. `Shift`: x - offset is quantized. `Flush`: denormals may matter. */
+function quantizeFast<T, Shift, Flush>(
+  x: usize,
+  q: usize,
+  absmax: usize,
+  blocks: u32,
+  blocksize: u32,
+  entries: usize,
+  offset: f32,
+): void {
+  const shift = f32x4.splat(offset);
+  const lastBlock = absmax + blocks * 4;
   do {
-    const a = search4(scale4<T>(x, factor), base, small);
-    const b = search4(scale4<T>(x + 4 * sizeof<T>(), factor), base, small);
-    const c = search4(scale4<T>(x + 8 * sizeof<T>(), factor), base, small);
-    const d = search4(scale4<T>(x + 12 * sizeof<T>(), factor), base, small);
-    v128.store(q, i8x16.narrow_i16x8_u(i16x8.narrow_i32x4_s(a, b), i16x8.narrow_i32x4_s(c, d)));
-    x += 16 * sizeof<T>();
-    q += 16;
-  } while (q < end);
+    const r: f32 = <f32>1 / load<f32>(absmax);
+    const factor = isOn<Shift>() ? f32x4.splat(r) : scaleFactor<T>(r);
+    // What a denormal x or s can reach.
+    const small = f32x4.splat(max(r, <f32>1) * SMALLEST_NORMAL);
+    const end = q + blocksize;
+    do {
+      const a = search4<T, Shift, Flush>(x, factor, entries, shift, small);
+      const b = search4<T, Shift, Flush>(x + 4 * sizeof<T>(), factor, entries, shift, small);
+      const c = search4<T, Shift, Flush>(x + 8 * sizeof<T>(), factor, entries, shift, small);
+      const d = search4<T, Shift, Flush>(x + 12 * sizeof<T>(), factor, entries, shift, small);
+      v128.store(q, i8x16.narrow_i16x8_u(i16x8.narrow_i32x4_s(a, b), i16x8.narrow_i32x4_s(c, d)));
+      x += 16 * sizeof<T>();
+      q += 16;
+    } while (q < end);
+    absmax += 4;
+  } while (absmax < lastBlock);
 }
 
 /** Four codes by table, see src/quant/search-table.ts. */
-function search4(s: v128, base: v128, small: v128): v128 {
+function search4<T, Shift, Flush>(x: usize, factor: v128, entries: usize, shift: v128, small: v128): v128 {
+  let s = isOn<Shift>() ? f32x4.mul(f32x4.sub(load4<T>(x), shift), factor) : scale4<T>(x, factor);
+  if (isOn<Flush>()) s = v128.and(s, f32x4.ge(f32x4.abs(s), small));
   const i = v128.xor(s, i32x4.shr_s(s, 31));
-  const at = i32x4.add(v128.and(i32x4.shr_u(i, SEARCH_SHIFT - 2), i32x4.splat(-4)), base);
-  const lo = i64x2.extract_lane(at, 0);
-  const hi = i64x2.extract_lane(at, 1);
-  let e = v128.load32_zero(<usize>lo);
-  e = v128.load32_lane(<usize>(lo >>> 32), e, 1);
-  e = v128.load32_lane(<usize>hi, e, 2);
-  e = v128.load32_lane(<usize>(hi >>> 32), e, 3);
+  const lo = i64x2.extract_lane(i, 0);
+  const hi = i64x2.extract_lane(i, 1);
+  let e = v128.load32_zero(entries + ((<u32>lo >>> SEARCH_SHIFT) << 2));
+  e = v128.load32_lane(entries + (<u32>(lo >>> (32 + SEARCH_SHIFT)) << 2), e, 1);
+  e = v128.load32_lane(entries + ((<u32>hi >>> SEARCH_SHIFT) << 2), e, 2);
+  e = v128.load32_lane(entries + (<u32>(hi >>> (32 + SEARCH_SHIFT)) << 2), e, 3);
   return i32x4.shr_u(i32x4.add(e, i), 24);
 }
 
 /** The exact search: the code of s, by halving. NaN gives 0. */
 function nearest(code: usize, s: f32): u32 {
   let high: u32 = 0;
-  for (let step: u32 = 128; step > 0; step >>= 1) {
-    high += select<u32>(step, 0, load<f32>(code + (high + step - 1) * 4) < s);
+  for (let k: u32 = 8; k-- > 0; ) {
+    high += u32(load<f32>(code + ((high + (1 << k) - 1) << 2)) < s) << k;
   }
   if (high == 0) return 0;
   const low = high - 1;
   const middle = (load<f32>(code + low * 4) + load<f32>(code + high * 4)) * <f32>0.5;
   if (s == middle) return high & ~1;
-  return s > middle ? high : low;
+  return high - u32(s < middle);
 }
 
 function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
   const blocksize = load<u32>(op, D.blocksize);
   const n = load<u32>(op, D.n);
   const code = load<usize>(op, D.code);
-  const offsetAt = load<usize>(op, D.offset);
-  const offset: f32 = offsetAt ? load<f32>(offsetAt) : 0;
+  const shift = load<usize>(op, D.offset);
+  const offset: f32 = shift ? load<f32>(shift) : 0;
   const codes = reinterpret<f32>(absmaxBits<f32>(code, 256));
   for (let block = begin; block < end; block++) {
     const first = block * blocksize;
@@ -142,25 +200,39 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
     const y = load<usize>(op, D.y) + first * sizeof<T>();
     const absmax = load<f32>(load<usize>(op, D.absmax) + block * 4);
     let done: u32 = 0;
-    // A sum of finite magnitudes below the limit cannot be NaN nor overflow.
+    // What is below the limit can be neither NaN nor out of T's range.
     if (abs(absmax) * codes + abs(offset) <= maxFinite<T>()) {
       done = count & -8;
-      const scale = f32x4.splat(absmax);
-      const plus = f32x4.splat(offset);
-      for (let i: u32 = 0; i < done; i += 8) {
-        const a = f32x4.mul(decode4(code, q + i), scale);
-        const b = f32x4.mul(decode4(code, q + i + 4), scale);
-        storeFinite8<T>(y + i * sizeof<T>(), a, b);
-      }
+      if (!done) ;
+      else if (shift) dequantizeFast<T, On>(q, y, done, code, absmax, offset);
+      else dequantizeFast<T, Off>(q, y, done, code, absmax, 0);
     }
     for (let i = done; i < count; i++) {
-      const v = load<f32>(code + <usize>load<u8>(q + i) * 4) * absmax;
-      store1<T>(y + i * sizeof<T>(), offsetAt ? v + offset : v);
+      const v = load<f32>(code + (<usize>load<u8>(q + i) << 2)) * absmax;
+      store1<T>(y + i * sizeof<T>(), shift ? v + offset : v);
     }
   }
 }
 
-function decode4(code: usize, q: usize): v128 {
+function dequantizeFast<T, Shift>(q: usize, y: usize, n: u32, code: usize, absmax: f32, offset: f32): void {
+  const scale = f32x4.splat(absmax);
+  const shift = f32x4.splat(offset);
+  const end = q + n;
+  do {
+    let a = f32x4.mul(codes4(code, q), scale);
+    let b = f32x4.mul(codes4(code, q + 4), scale);
+    if (isOn<Shift>()) {
+      a = f32x4.add(a, shift);
+      b = f32x4.add(b, shift);
+    }
+    storeFinite8<T>(y, a, b);
+    q += 8;
+    y += 8 * sizeof<T>();
+  } while (q < end);
+}
+
+/** The values of four codes. */
+function codes4(code: usize, q: usize): v128 {
   let v = v128.load32_zero(code + (<usize>load<u8>(q) << 2));
   v = v128.load32_lane(code + (<usize>load<u8>(q, 1) << 2), v, 1);
   v = v128.load32_lane(code + (<usize>load<u8>(q, 2) << 2), v, 2);

@@ -151,7 +151,7 @@ function table() {
     `${imports.join("\n")}\n\n` +
     "/** Where the function table has the kernel with this position in KERNEL_NAMES. */\n" +
     `export function kernelTableIndex(id: i32): u32 {\n  switch (id) {\n${cases.join("\n")}\n` +
-    "    default:\n      unreachable();\n  }\n}\n"
+    "  }\n  return unreachable();\n}\n"
   );
 }
 

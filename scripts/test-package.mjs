@@ -11,10 +11,14 @@ const run = (command, args, options = {}) =>
   execFileSync(command, args, { cwd: folder, encoding: "utf8", stdio: ["ignore", "pipe", "inherit"], ...options });
 
 try {
-  const [{ filename, size, files }] = JSON.parse(run("npm", ["pack", "--json", "--pack-destination", folder], { cwd: root }));
+  const [{ filename, size, files }] = JSON.parse(
+    run("npm", ["pack", "--json", "--pack-destination", folder], { cwd: root }),
+  );
   console.log(`${filename}: ${files.length} files, ${(size / 1024).toFixed(0)} KB packed`);
   if (size > 10e6) throw new Error("the package is larger than 10 MB");
-  const stray = files.map((f) => f.path).find((p) => !/^(dist\/|package\.json$|README\.md$|LICENSE$|CHANGELOG\.md$)/.test(p));
+  const stray = files
+    .map((f) => f.path)
+    .find((p) => !/^(dist\/|package\.json$|README\.md$|LICENSE$|CHANGELOG\.md$)/.test(p));
   if (stray) throw new Error(`the package contains ${stray}`);
 
   writeFileSync(join(folder, "package.json"), JSON.stringify({ name: "user", private: true, type: "module" }));
@@ -34,7 +38,9 @@ try {
   const lib = ["--lib", "es2024,esnext.disposable"];
   run("npm", ["install", "--no-audit", "--no-fund", "-D", "@types/node@20"]);
   for (const check of [["--skipLibCheck"], []]) run(process.execPath, [tsc, ...common, ...lib, ...check, "program.ts"]);
-  console.log(`installed ${(statSync(join(folder, "node_modules", "halfbyte", "dist", "index.js")).size / 1024).toFixed(0)} KB entry; types resolve`);
+  console.log(
+    `installed ${(statSync(join(folder, "node_modules", "halfbyte", "dist", "index.js")).size / 1024).toFixed(0)} KB entry; types resolve`,
+  );
 } finally {
   rmSync(folder, { recursive: true });
 }

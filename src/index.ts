@@ -28,4 +28,5 @@ export {
 export { type Int8VectorwiseQuantOptions, int8VectorwiseDequant, int8VectorwiseQuant } from "./ops/int8.js";
 export { mean } from "./ops/sum.js";
 export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";
-export { QuantState, type QuantType } from "./quant/state.js";
+export { QuantState, type QuantStateDict } from "./quant/state.js";
+export type { QuantType } from "./quant/types.js";

@@ -76,7 +76,7 @@ export const KERNELS = {
     dtype: "u32",
     allowNonFinite: "u32",
   },
-  /** y[r, c] = q[r, c] * (scale[r] * f32(1/127)), rounded to dtype. Unit: row. */
+  /** y[r, c] = q[r, c] * scale[r] * f32(1/127), rounded to dtype. Unit: row. */
   int8VectorwiseDequant: { q: "in", scale: "in", y: "out", rows: "size", cols: "size", dtype: "u32" },
 } as const satisfies Record<string, Record<string, FieldType>>;
 

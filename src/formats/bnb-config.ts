@@ -2,9 +2,8 @@
 import { dtypeFromTorch, type FloatDType, isFloat, TORCH_NAME } from "../core/dtype.js";
 import { FormatError, UnsupportedError } from "../core/errors.js";
 import { dumpPyJson, type PyJson, type PyObject, pyFloat } from "../quant/pyjson.js";
-import type { QuantType } from "../quant/state.js";
+import { QUANT_TYPES, type QuantType } from "../quant/types.js";
 import { QUANT_STORAGE, type QuantStorage } from "./bnb.js";
-import { QUANT_TYPES } from "./bnb-state.js";
 
 const KEY = "quantization_config";
 const METHOD = "bitsandbytes";

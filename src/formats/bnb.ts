@@ -9,16 +9,8 @@
 import { ArgumentError, FormatError } from "../core/errors.js";
 import { ceilDiv, formatShape, type Shape, sameShape, sizeOf } from "../core/shape.js";
 import { CODEBOOK_SIZE } from "../quant/codebook.js";
-import type { QuantType } from "../quant/state.js";
-import {
-  type FourBitMeta,
-  formatQuantState,
-  MAX_STATE_BYTES,
-  NESTED_BLOCKSIZE,
-  parseQuantState,
-  QUANT_TYPES,
-} from "./bnb-state.js";
-
+import { type FourBitMeta, formatQuantState, MAX_STATE_BYTES, parseQuantState } from "../quant/state-json.js";
+import { NESTED_BLOCKSIZE, QUANT_TYPES, type QuantType } from "../quant/types.js";
 import type { TensorDeclaration } from "./safetensors-writer.js";
 import { type ModelSource, rowCount, SAFETENSORS_BITS, type SafetensorsDType, type SourceTensor } from "./source.js";
 

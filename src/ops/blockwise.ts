@@ -51,9 +51,6 @@ export interface QuantizeBlockwiseOptions {
 
 const CONTEXT = { op: "quantizeBlockwise", operand: "A", unit: "block" } as const;
 
-/** The block size that double quantization uses for absmax. */
-export const NESTED_BLOCKSIZE = 256;
-
 /**
  * Codes of `A` and the state that decodes them: per block, absmax = max|x| and the index of the code nearest to
  * x * (1/absmax), ties to the even index (bitsandbytes' `quantize_blockwise`).

@@ -4,9 +4,7 @@ import { type DType, FLOAT_DTYPES, type FloatDType } from "../core/dtype.js";
 import { ArgumentError, DeviceError, DisposedError, DTypeError, ShapeError } from "../core/errors.js";
 import { formatShape, type Shape, sameShape, sizeOf } from "../core/shape.js";
 import { Tensor } from "../core/tensor.js";
-
-/** Block sizes of every blockwise quantizer (32 with 8-bit codes is ours alone). */
-export const BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096] as const;
+import { BLOCKSIZES } from "../quant/types.js";
 
 /** @throws ArgumentError, DisposedError, DTypeError, DeviceError */
 export function checkTensor<D extends DType>(

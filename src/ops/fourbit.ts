@@ -5,8 +5,9 @@ import { QUANT_TYPE_ID } from "../core/kernels.js";
 import { tidy } from "../core/scope.js";
 import { ceilDiv, sizeOf } from "../core/shape.js";
 import type { Tensor } from "../core/tensor.js";
-import { QuantState, type QuantType } from "../quant/state.js";
-import { checkBlocks, NESTED_BLOCKSIZE, nest, unnest } from "./blockwise.js";
+import { QuantState } from "../quant/state.js";
+import { NESTED_BLOCKSIZE, QUANT_TYPES, type QuantType } from "../quant/types.js";
+import { checkBlocks, nest, unnest } from "./blockwise.js";
 import { checkBlocksize, checkChoice, checkFloat, checkTensor, output } from "./check.js";
 
 export const fourbitPrimitives = {
@@ -28,7 +29,6 @@ export const fourbitPrimitives = {
   },
 } as const;
 
-const QUANT_TYPES = ["nf4", "fp4"] as const satisfies readonly QuantType[];
 const CONTEXT = { op: "quantize4bit", operand: "A", unit: "block" } as const;
 
 export interface Quantize4bitOptions {

@@ -65,7 +65,7 @@ export function int8VectorwiseQuant(
 }
 
 /**
- * A[r, c] * (stats[r] * 1/127), rounded to the result's dtype (bitsandbytes' `int8_vectorwise_dequant`).
+ * A[r, c] * stats[r] * 1/127, rounded to the result's dtype (bitsandbytes' `int8_vectorwise_dequant`).
  *
  * @param A i8 codes of at least one dimension
  * @param stats f32 absmax, one per row

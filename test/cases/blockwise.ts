@@ -139,7 +139,7 @@ export function* blockwiseCases(): Generator<Case> {
     }
     for (const code of Object.keys(CODES)) {
       for (const search of ["auto", "exact"] as const) {
-        yield quantizeCase(code, dtype, 4097, 64, "edge", search);
+        yield quantizeCase(code, dtype, 4099, 64, "edge", search);
         yield quantizeCase(code, dtype, 4096, 4096, "normal", search);
       }
       yield dequantizeCase(code, dtype, 1000, 64, 1);

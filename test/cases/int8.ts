@@ -53,8 +53,10 @@ function dequantCase(dtype: (typeof FLOATS)[number], rows: number, cols: number)
     run: ({ q, scale }) => ({ y: int8VectorwiseDequant(q!, scale!, { dtype }) }),
     expected: ({ q, scale }) => {
       const { fround } = Math;
-      const factors = Array.from(scale!.values, (s) => fround(s * fround(7.874015718698502e-3)));
-      const y = Array.from(q!.values, (v, i) => scalar.round(dtype, fround(v * factors[Math.floor(i / cols)]!)));
+      const { values } = scale!;
+      const y = Array.from(q!.values, (v, i) =>
+        scalar.round(dtype, fround(fround(v * values[Math.floor(i / cols)]!) * fround(7.874015718698502e-3))),
+      );
       return { y: { dtype, shape: [rows, cols], values: y } };
     },
   };

@@ -14,7 +14,7 @@ import {
   readInt8,
   readQuantState,
 } from "#halfbyte/formats/bnb.js";
-import { type FourBitMeta, formatQuantState, parseQuantState } from "#halfbyte/formats/bnb-state.js";
+import { type FourBitMeta, formatQuantState, parseQuantState } from "#halfbyte/quant/state-json.js";
 import { bytesOfShape } from "#halfbyte/formats/safetensors.js";
 import { type ModelSource, rowRange } from "#halfbyte/formats/source.js";
 import { parsePyJson, toPlain } from "#halfbyte/quant/pyjson.js";

@@ -2,7 +2,6 @@
 import { dtypeFromTorch, type FloatDType, isFloat, TORCH_NAME } from "../core/dtype.js";
 import { FormatError } from "../core/errors.js";
 import { type Shape, sizeOf } from "../core/shape.js";
-import { BLOCKSIZES } from "../ops/check.js";
 import {
   dumpPyJson,
   isPyObject,
@@ -11,12 +10,9 @@ import {
   type PyObject,
   parsePyJsonBytes,
   pyFloat,
-} from "../quant/pyjson.js";
-import type { QuantType } from "../quant/state.js";
+} from "./pyjson.js";
+import { BLOCKSIZES, type QuantType } from "./types.js";
 
-export const QUANT_TYPES = ["nf4", "fp4"] as const satisfies readonly QuantType[];
-/** absmax values that share a scale under double quantization: the only size that bitsandbytes writes. */
-export const NESTED_BLOCKSIZE = 256;
 /** A state is about 200 bytes; nobody's shape needs this many. */
 export const MAX_STATE_BYTES = 1 << 16;
 
