@@ -18,20 +18,20 @@ import {
   allBetween,
   bf16,
   f16,
-  flushed,
+  flushed4,
   INFINITY,
+  isF16,
+  isOn,
   load1,
   load4,
   maxFinite,
-  isF16,
-  isOn,
   minScaled,
   Off,
   On,
-  shiftedAbsmaxOfBlocks,
   SMALLEST_NORMAL,
   scale4,
   scaleFactor,
+  shiftedAbsmaxOfBlocks,
   store1,
   storeFinite8,
 } from "./kernel";
@@ -120,11 +120,23 @@ function quantizeBlock<T>(op: usize, block: u32, x: usize, q: usize, count: u32,
     else if (absmax < least) quantizeFast<T, Off, On>(x, q, absmaxAt, 1, done, entries, 0);
     else quantizeFast<T, Off, Off>(x, q, absmaxAt, 1, done, entries, 0);
   }
-  const code = load<usize>(op, Q.code);
-  const r: f32 = <f32>1 / absmax;
-  for (let i = done; i < count; i++) {
-    const v = load1<T>(x + i * sizeof<T>()) - offset;
-    store<u8>(q + i, nearest(code, flushed(flushed(v) * r)));
+  quantizeExactly<T>(x, q, done, count, <f32>1 / absmax, load<usize>(op, Q.code), offset);
+}
+
+/** Elements from `begin` to `end`. */
+function quantizeExactly<T>(x: usize, q: usize, begin: u32, end: u32, r: f32, code: usize, offset: f32): void {
+  const factor = f32x4.splat(r);
+  const shift = f32x4.splat(offset);
+  let i = begin;
+  for (; i + 4 <= end; i += 4) {
+    const v = f32x4.sub(load4<T>(x + i * sizeof<T>()), shift);
+    const words = nearest4(code, flushed4(f32x4.mul(flushed4(v), factor)));
+    const halves = i16x8.narrow_i32x4_s(words, words);
+    v128.store32_lane(q + i, i8x16.narrow_i16x8_u(halves, halves), 0);
+  }
+  for (; i < end; i++) {
+    const v = f32x4.sub(f32x4.splat(load1<T>(x + i * sizeof<T>())), shift);
+    v128.store8_lane(q + i, nearest4(code, flushed4(f32x4.mul(flushed4(v), factor))), 0);
   }
 }
 
@@ -164,26 +176,31 @@ function search4<T, Shift, Flush>(x: usize, factor: v128, entries: usize, shift:
   let s = isOn<Shift>() ? f32x4.mul(f32x4.sub(load4<T>(x), shift), factor) : scale4<T>(x, factor);
   if (isOn<Flush>()) s = v128.and(s, f32x4.ge(f32x4.abs(s), small));
   const i = v128.xor(s, i32x4.shr_s(s, 31));
-  const lo = i64x2.extract_lane(i, 0);
-  const hi = i64x2.extract_lane(i, 1);
-  let e = v128.load32_zero(entries + ((<u32>lo >>> SEARCH_SHIFT) << 2));
-  e = v128.load32_lane(entries + (<u32>(lo >>> (32 + SEARCH_SHIFT)) << 2), e, 1);
-  e = v128.load32_lane(entries + ((<u32>hi >>> SEARCH_SHIFT) << 2), e, 2);
-  e = v128.load32_lane(entries + (<u32>(hi >>> (32 + SEARCH_SHIFT)) << 2), e, 3);
+  const e = gather4(entries, i32x4.shr_u(i, SEARCH_SHIFT));
   return i32x4.shr_u(i32x4.add(e, i), 24);
 }
 
-/** The exact search: the code of s, by halving. NaN gives 0. */
-function nearest(code: usize, s: f32): u32 {
-  let high: u32 = 0;
-  for (let k: u32 = 8; k-- > 0; ) {
-    high += u32(load<f32>(code + ((high + (1 << k) - 1) << 2)) < s) << k;
+/** The exact search: the codes of four s, by halving. NaN gives 0. */
+function nearest4(code: usize, s: v128): v128 {
+  let high = i32x4.splat(0);
+  for (let step: i32 = 128; step > 0; step >>= 1) {
+    const below = f32x4.lt(gather4(code, i32x4.add(high, i32x4.splat(step - 1))), s);
+    high = i32x4.add(high, v128.and(below, i32x4.splat(step)));
   }
-  if (high == 0) return 0;
-  const low = high - 1;
-  const middle = (load<f32>(code + low * 4) + load<f32>(code + high * 4)) * <f32>0.5;
-  if (s == middle) return high & ~1;
-  return high - u32(s < middle);
+  const low = i32x4.max_s(i32x4.sub(high, i32x4.splat(1)), i32x4.splat(0));
+  const middle = f32x4.mul(f32x4.add(gather4(code, low), gather4(code, high)), f32x4.splat(0.5));
+  const even = v128.bitselect(v128.and(high, i32x4.splat(-2)), low, f32x4.eq(s, middle));
+  return v128.bitselect(high, even, f32x4.gt(s, middle));
+}
+
+/** Four 32-bit values by index. Two 64-bit lanes cost less to extract than four. */
+function gather4(values: usize, index: v128): v128 {
+  const a = i64x2.extract_lane(index, 0);
+  const b = i64x2.extract_lane(index, 1);
+  let v = v128.load32_zero(values + ((<u32>a) << 2));
+  v = v128.load32_lane(values + ((<u32>(a >>> 32)) << 2), v, 1);
+  v = v128.load32_lane(values + ((<u32>b) << 2), v, 2);
+  return v128.load32_lane(values + ((<u32>(b >>> 32)) << 2), v, 3);
 }
 
 function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
@@ -201,14 +218,13 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
     const absmax = load<f32>(load<usize>(op, D.absmax) + block * 4);
     let done: u32 = 0;
     // What is below the limit can be neither NaN nor out of T's range.
-    if (abs(absmax) * codes + abs(offset) <= maxFinite<T>()) {
+    if (count >= 8 && abs(absmax) * codes + abs(offset) <= maxFinite<T>()) {
       done = count & -8;
-      if (!done) ;
-      else if (shift) dequantizeFast<T, On>(q, y, done, code, absmax, offset);
+      if (shift) dequantizeFast<T, On>(q, y, done, code, absmax, offset);
       else dequantizeFast<T, Off>(q, y, done, code, absmax, 0);
     }
     for (let i = done; i < count; i++) {
-      const v = load<f32>(code + (<usize>load<u8>(q + i) << 2)) * absmax;
+      const v = load<f32>(code + ((<usize>load<u8>(q + i)) << 2)) * absmax;
       store1<T>(y + i * sizeof<T>(), shift ? v + offset : v);
     }
   }
@@ -233,8 +249,8 @@ function dequantizeFast<T, Shift>(q: usize, y: usize, n: u32, code: usize, absma
 
 /** The values of four codes. */
 function codes4(code: usize, q: usize): v128 {
-  let v = v128.load32_zero(code + (<usize>load<u8>(q) << 2));
-  v = v128.load32_lane(code + (<usize>load<u8>(q, 1) << 2), v, 1);
-  v = v128.load32_lane(code + (<usize>load<u8>(q, 2) << 2), v, 2);
-  return v128.load32_lane(code + (<usize>load<u8>(q, 3) << 2), v, 3);
+  let v = v128.load32_zero(code + ((<usize>load<u8>(q)) << 2));
+  v = v128.load32_lane(code + ((<usize>load<u8>(q, 1)) << 2), v, 1);
+  v = v128.load32_lane(code + ((<usize>load<u8>(q, 2)) << 2), v, 2);
+  return v128.load32_lane(code + ((<usize>load<u8>(q, 3)) << 2), v, 3);
 }

@@ -41,7 +41,8 @@ function convertTo<From, To>(op: usize, begin: u32, end: u32): void {
   for (let i: u32 = 0; i < whole; i += 8) {
     const p = x + i * sizeof<From>();
     const q = y + i * sizeof<To>();
-    if (isIntegral<From>() && isIntegral<To>()) storeInt8<To>(q, loadInt4<From>(p), loadInt4<From>(p + 4 * sizeof<From>()));
+    if (isIntegral<From>() && isIntegral<To>())
+      storeInt8<To>(q, loadInt4<From>(p), loadInt4<From>(p + 4 * sizeof<From>()));
     else store8<To>(q, load4<From>(p), load4<From>(p + 4 * sizeof<From>()));
   }
   for (let i = whole; i < n; i++) {

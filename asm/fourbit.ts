@@ -36,7 +36,7 @@ import {
   allBetween,
   bf16,
   f16,
-  toFiniteHalves,
+  flushed4,
   INFINITY,
   load1,
   load4,
@@ -48,6 +48,7 @@ import {
   scaleFactor,
   scaleOdd4,
   store1,
+  toFiniteHalves,
 } from "./kernel";
 import { fault } from "./stream";
 
@@ -162,10 +163,6 @@ function codes4<Type>(x: v128, factor: v128): v128 {
   const negative = f32x4.lt(s, f32x4.splat(0));
   const rank = v128.or(fp4Rank(f32x4.abs(s)), v128.and(negative, i32x4.splat(8)));
   return i8x16.swizzle(FP4_CODES, rank);
-}
-
-function flushed4(x: v128): v128 {
-  return v128.and(x, f32x4.ge(f32x4.abs(x), f32x4.splat(SMALLEST_NORMAL)));
 }
 
 /** Of eight codes each two as a byte in 32 bits, the first in the high nibble. */

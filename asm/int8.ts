@@ -1,9 +1,10 @@
 /**
  * Row-wise int8 quantization (LLM.int8() weights and activations).
  *
- * Per row: scale = absmax = max |x|, q = rint(x * (127 / absmax)), half to even, each operation rounded once. A row of
+ * Per row: scale = absmax = max |x|, q = rint(x * (127 * (1 / absmax))), half to even, each operation rounded once
+ * (PyTorch computes 127 / tensor so; weights in bf16 fall on halves often enough for the difference to show). A row of
  * zeros gives 0 and scale 0. Where non-finite input is allowed, NaN does not count for the maximum and gives 0. Denormals
- * are kept; where 127 / absmax would overflow, x and absmax are both taken times 2^64, which changes nothing else.
+ * are kept; where absmax is below 1e-30, x and absmax are both taken times 2^64, so that nothing overflows.
  *
  * Decoding is (q * scale) * f32(1 / 127), rounded after each step, as bitsandbytes orders it.
  */
@@ -27,7 +28,7 @@ import { fault } from "./stream";
 
 const INVERSE_127: f32 = 0.007874015718698502;
 
-/** q[r, c] = rint(x[r, c] * (127 / absmax(row r))), scale[r] = absmax(row r). Unit: row. */
+/** q[r, c] = rint(x[r, c] * (127 * (1 / absmax(row r)))), scale[r] = absmax(row r). Unit: row. */
 export function int8VectorwiseQuant(op: usize, begin: u32, end: u32): void {
   const dtype = load<u32>(op, Q.dtype);
   if (dtype == F32) quantizeRows<f32>(op, begin, end);
@@ -51,13 +52,13 @@ function quantizeRows<T>(op: usize, begin: u32, end: u32): void {
     let done: u32 = 0;
     if (absmax >= leastFast<T>() && absmax <= 1e30 && bits < INFINITY) {
       done = cols & -16;
-      if (done) quantizeFast<T>(x, q, done, <f32>127 / absmax);
+      if (done) quantizeFast<T>(x, q, done, <f32>127 * (<f32>1 / absmax));
     }
     for (let i = done; i < cols; i++) store<i8>(q + i, quantize1(load1<T>(x + i * sizeof<T>()), absmax));
   }
 }
 
-/** Where neither 127 / absmax overflows nor `scaleFactor` of it. */
+/** Where neither 127 * (1 / absmax) overflows nor `scaleFactor` of it. */
 function leastFast<T>(): f32 {
   return max<f32>(minScaled<T>(), 1e-30);
 }
@@ -85,7 +86,7 @@ function rint8(v: v128, w: v128): v128 {
 function quantize1(x: f32, absmax: f32): i8 {
   if (absmax == 0) return 0;
   const up: f32 = absmax < 1e-30 ? 18446744073709551616.0 : 1;
-  const v = x * up * (<f32>127 / (absmax * up));
+  const v = x * up * (<f32>127 * (<f32>1 / (absmax * up)));
   return v == v ? <i8>nearest(v) : 0;
 }
 

@@ -46,13 +46,14 @@ export function isIntegral<T>(): bool {
 
 // Conversions. A half's bits are the lower 16 of a 32-bit lane, or a 16-bit lane.
 
-/** f16 bits to f32. The product is exact: it only moves the exponent, and makes subnormals normal. */
+/**
+ * f16, sign-extended to 32 bits, to f32. The product is exact: it only moves the exponent, and makes subnormals normal.
+ * A NaN keeps its payload.
+ */
 function fromF16(h: v128): v128 {
-  const m = v128.and(h, i32x4.splat(0x7fff));
-  const sign = i32x4.shl(v128.xor(h, m), 16);
-  const finite = f32x4.mul(i32x4.shl(m, 13), f32x4.splat(F16_SCALE));
-  const orInfinity = v128.bitselect(i32x4.splat(INFINITY), finite, i32x4.eq(m, i32x4.splat(0x7c00)));
-  return v128.bitselect(i32x4.splat(NAN), v128.or(orInfinity, sign), i32x4.gt_s(m, i32x4.splat(0x7c00)));
+  const bits = v128.and(i32x4.shl(h, 13), i32x4.splat(F16_BITS));
+  const special = i32x4.gt_s(v128.and(bits, i32x4.splat(ABS)), i32x4.splat(0x7bff << 13));
+  return v128.or(f32x4.mul(bits, f32x4.splat(F16_SCALE)), v128.and(special, i32x4.splat(INFINITY)));
 }
 
 /**
@@ -129,7 +130,7 @@ export function load4<T>(p: usize): v128 {
   if (isFloat<T>()) return v128.load(p);
   if (sizeof<T>() == 2) {
     if (isSigned<T>()) return i32x4.shl(v128.load16x4_u(p), 16);
-    return fromF16(v128.load16x4_u(p));
+    return fromF16(v128.load16x4_s(p));
   }
   return f32x4.convert_i32x4_s(loadInt4<T>(p));
 }
@@ -139,7 +140,7 @@ export function load1<T>(p: usize): f32 {
   if (isFloat<T>()) return load<f32>(p);
   if (sizeof<T>() == 2) {
     if (isSigned<T>()) return reinterpret<f32>((<u32>load<u16>(p)) << 16);
-    return f32x4.extract_lane(fromF16(i32x4.splat(load<u16>(p))), 0);
+    return f32x4.extract_lane(fromF16(i32x4.splat(load<i16>(p))), 0);
   }
   return <f32>load<T>(p);
 }
@@ -327,7 +328,7 @@ export function absmaxIgnoringNaN<T>(p: usize, n: u32, offset: f32): f32 {
   return max;
 }
 
-/** x with denormals flushed to zero. */
-export function flushed(x: f32): f32 {
-  return abs(x) < SMALLEST_NORMAL ? 0 : x;
+/** x with denormals flushed to zero. NaN stays: it exceeds no threshold. */
+export function flushed4(x: v128): v128 {
+  return v128.andnot(x, f32x4.lt(f32x4.abs(x), f32x4.splat(SMALLEST_NORMAL)));
 }

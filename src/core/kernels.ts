@@ -66,7 +66,7 @@ export const KERNELS = {
     dtype: "u32",
     quantType: "u32",
   },
-  /** q[r, c] = rint(x[r, c] * (127 / absmax(row r))), scale[r] = absmax(row r). Unit: row. */
+  /** q[r, c] = rint(x[r, c] * (127 * (1 / absmax(row r)))), scale[r] = absmax(row r). Unit: row. */
   int8VectorwiseQuant: {
     x: "in",
     q: "out",

@@ -35,7 +35,7 @@ export interface Int8VectorwiseQuantOptions {
 }
 
 /**
- * Row-wise int8: q = rint(x * (127/absmax(row))), half to even, and the rows' absmax (bitsandbytes'
+ * Row-wise int8: q = rint(x * (127 * (1/absmax(row)))), half to even, and the rows' absmax (bitsandbytes'
  * `int8_vectorwise_quant`; x ~ q * absmax / 127).
  *
  * @param A f32, f16 or bf16 of at least one dimension; the last is the row. Upstream takes f16 only.

@@ -178,8 +178,8 @@ export function int8VectorwiseQuant(x: ArrayLike<number>, rows: number, cols: nu
     let max = 0;
     for (let c = 0; c < cols; c++) max = Math.max(max, Math.abs(x[r * cols + c]!));
     scale[r] = max;
-    const up = Number.isFinite(f32(127 / max)) ? 1 : 2 ** 64;
-    const inverse = f32(127 / (max * up));
+    const up = max < 1e-30 ? 2 ** 64 : 1;
+    const inverse = f32(127 * f32(1 / (max * up)));
     for (let c = 0; c < cols; c++) q[r * cols + c] = max === 0 ? 0 : rint(f32(x[r * cols + c]! * up * inverse));
   }
   return { q, scale };
