@@ -1,5 +1,20 @@
 /** halfbyte: k-bit quantization for Node.js. */
 export { getBackend, type InitOptions, init, type MemoryReport, memory, restart, shutdown } from "./backend/devices.js";
+// Whole models and files.
+export {
+  type ComparedTensor,
+  type CompareOptions,
+  type ComparisonReport,
+  compareModels,
+} from "./checkpoint/compare.js";
+export { type InspectedTensor, inspectModel, type ModelInspection } from "./checkpoint/inspect.js";
+export { type Model, openModel } from "./checkpoint/open.js";
+export {
+  type QuantizeOptions,
+  type QuantizeProgress,
+  type QuantizeReport,
+  quantizeModel,
+} from "./checkpoint/quantize.js";
 export type { Backend, BackendState, DeviceMemory, DeviceName } from "./core/backend.js";
 export { DTYPES, type DType, FLOAT_DTYPES, type FloatDType } from "./core/dtype.js";
 export * from "./core/errors.js";
@@ -7,6 +22,14 @@ export { keep, tidy } from "./core/scope.js";
 export type { Shape } from "./core/shape.js";
 export { Tensor } from "./core/tensor.js";
 export { type DataOf, HAS_FLOAT16_ARRAY, type TensorLike } from "./core/typedarray.js";
+export { type GgufModelSource, openGgufModel } from "./formats/gguf-model.js";
+export { openHfFolder } from "./formats/hf-folder.js";
+export { SafetensorsFile, type TensorEntry } from "./formats/safetensors.js";
+export { SafetensorsWriter, type TensorDeclaration } from "./formats/safetensors-writer.js";
+export type { ModelSource, SafetensorsDType, SourceTensor } from "./formats/source.js";
+export { type CheckGoldenOptions, checkGolden } from "./golden/check.js";
+export type { GoldenFailure, GoldenReport, OpTally } from "./golden/report.js";
+export { type WriteGoldenOptions, type WrittenGolden, writeGolden } from "./golden/write.js";
 export {
   type CodeSearch,
   type DequantizeBlockwiseOptions,

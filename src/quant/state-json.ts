@@ -2,15 +2,7 @@
 import { dtypeFromTorch, type FloatDType, isFloat, TORCH_NAME } from "../core/dtype.js";
 import { FormatError } from "../core/errors.js";
 import { type Shape, sizeOf } from "../core/shape.js";
-import {
-  dumpPyJson,
-  isPyObject,
-  PyFloat,
-  type PyJson,
-  type PyObject,
-  parsePyJsonBytes,
-  pyFloat,
-} from "./pyjson.js";
+import { dumpPyJson, isPyObject, PyFloat, type PyJson, type PyObject, parsePyJsonBytes, pyFloat } from "./pyjson.js";
 import { BLOCKSIZES, type QuantType } from "./types.js";
 
 /** A state is about 200 bytes; nobody's shape needs this many. */

@@ -118,7 +118,8 @@ export class QuantState implements QuantStateFields {
     if (packedKey !== undefined) {
       const quantType = packedKey.slice(packedKey.indexOf(PACKED_KEY) + PACKED_KEY.length);
       const json = dict[packedKey];
-      if (!isQuantType(quantType)) throw badEntry(packedKey, `a key that ends with ${QUANT_TYPES.join(" or ")}`, quantType);
+      if (!isQuantType(quantType))
+        throw badEntry(packedKey, `a key that ends with ${QUANT_TYPES.join(" or ")}`, quantType);
       if (!(json instanceof Tensor) || json.dtype !== "u8") throw badEntry(packedKey, "a u8 tensor", String(json));
       return fromParts(parseQuantState(await json.bytes(), quantType, packedKey), values);
     }
@@ -129,7 +130,12 @@ export class QuantState implements QuantStateFields {
     const float = dtypeFromTorch(String(dtype));
     if (!float || !isFloat(float)) throw badEntry("dtype", "float32, float16 or bfloat16", String(dtype));
     if (!Array.isArray(shape)) throw badEntry("shape", "a list of sizes", String(shape));
-    const meta = { quantType: quant_type, blocksize: count("blocksize", blocksize), dtype: float, shape: shape as Shape };
+    const meta = {
+      quantType: quant_type,
+      blocksize: count("blocksize", blocksize),
+      dtype: float,
+      shape: shape as Shape,
+    };
     if (nested_blocksize === undefined && values.nested_absmax === undefined) return fromParts(meta, values);
     if (typeof nested_offset !== "number") throw badEntry("nested_offset", "a number", String(nested_offset));
     const nested = { blocksize: count("nested_blocksize", nested_blocksize), offset: nested_offset };

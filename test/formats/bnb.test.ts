@@ -14,10 +14,10 @@ import {
   readInt8,
   readQuantState,
 } from "#halfbyte/formats/bnb.js";
-import { type FourBitMeta, formatQuantState, parseQuantState } from "#halfbyte/quant/state-json.js";
 import { bytesOfShape } from "#halfbyte/formats/safetensors.js";
 import { type ModelSource, rowRange } from "#halfbyte/formats/source.js";
 import { parsePyJson, toPlain } from "#halfbyte/quant/pyjson.js";
+import { type FourBitMeta, formatQuantState, parseQuantState } from "#halfbyte/quant/state-json.js";
 import { dataOf, entries, failure, rejection, type TestTensor } from "../helpers/checkpoint.js";
 
 const utf8 = (text: string) => new TextEncoder().encode(text);

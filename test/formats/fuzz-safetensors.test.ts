@@ -8,11 +8,11 @@ import { HalfbyteError } from "#halfbyte/core/errors.js";
 import { listQuantized, readFourBit, readInt8 } from "#halfbyte/formats/bnb.js";
 import { readQuantizationConfig } from "#halfbyte/formats/bnb-config.js";
 import { modulesToQuantize } from "#halfbyte/formats/bnb-modules.js";
-import { formatQuantState, parseQuantState } from "#halfbyte/quant/state-json.js";
 import { openHfFolder } from "#halfbyte/formats/hf-folder.js";
 import { bytesOfShape, parseSafetensorsHeader, SafetensorsFile } from "#halfbyte/formats/safetensors.js";
 import { rowCount } from "#halfbyte/formats/source.js";
 import { dumpPyJson, parsePyJson } from "#halfbyte/quant/pyjson.js";
+import { formatQuantState, parseQuantState } from "#halfbyte/quant/state-json.js";
 import { safetensorsBytes, type TestTensor, temporaryFolder } from "../helpers/checkpoint.js";
 import { random } from "../helpers/random.js";
 

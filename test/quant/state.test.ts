@@ -1,3 +1,4 @@
+import { afterAll, beforeAll, expect, test } from "vitest";
 import {
   ArgumentError,
   dequantize4bit,
@@ -14,7 +15,6 @@ import {
   tensor,
   UnsupportedError,
 } from "#halfbyte/index.js";
-import { afterAll, beforeAll, expect, test } from "vitest";
 import { normals } from "../helpers/random.js";
 
 beforeAll(() => init({ threads: 2, guards: true }));
