@@ -328,19 +328,18 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
 function decodePairs(packed: usize, y: usize, n: u32, scale: v128, pairs: usize): void {
   const end = packed + (n >> 1);
   do {
-    const bytes = load<u64>(packed);
-    v128.store(y, f32x4.mul(pairs2(pairs, <u32>bytes), scale));
-    v128.store(y, f32x4.mul(pairs2(pairs, <u32>bytes >>> 16), scale), 16);
-    v128.store(y, f32x4.mul(pairs2(pairs, <u32>(bytes >>> 32)), scale), 32);
-    v128.store(y, f32x4.mul(pairs2(pairs, <u32>(bytes >>> 48)), scale), 48);
+    v128.store(y, f32x4.mul(pairs2(pairs, packed), scale));
+    v128.store(y, f32x4.mul(pairs2(pairs, packed + 2), scale), 16);
+    v128.store(y, f32x4.mul(pairs2(pairs, packed + 4), scale), 32);
+    v128.store(y, f32x4.mul(pairs2(pairs, packed + 6), scale), 48);
     packed += 8;
     y += 64;
   } while (packed < end);
 }
 
-function pairs2(pairs: usize, bytes: u32): v128 {
-  const first = v128.load64_zero(pairs + ((bytes & 255) << 3));
-  return v128.load64_lane(pairs + (((bytes >>> 8) & 255) << 3), first, 1);
+function pairs2(pairs: usize, packed: usize): v128 {
+  const first = v128.load64_zero(pairs + ((<usize>load<u8>(packed)) << 3));
+  return v128.load64_lane(pairs + ((<usize>load<u8>(packed, 1)) << 3), first, 1);
 }
 
 /** Eight values of the block, rounded. */
