@@ -27,6 +27,7 @@ import {
   RECORD_FINISHED,
   RECORD_KERNEL,
   RECORD_OPERANDS,
+  RECORD_PAGES,
   RECORD_PARTS,
   RECORD_PER,
   RECORD_UNITS,
@@ -101,6 +102,7 @@ function enter(progress: usize): u32 {
 }
 
 function work(record: usize, k: u32): void {
+  if (memory.size() < load<i32>(record + RECORD_PAGES)) learnGrowth(load<i32>(record + RECORD_PAGES));
   const kernel = load<u32>(record + RECORD_KERNEL);
   const parts = load<u32>(record + RECORD_PARTS);
   const units = load<u32>(record + RECORD_UNITS);
@@ -117,6 +119,15 @@ function work(record: usize, k: u32): void {
 @inline
 function claim(record: usize): u32 {
   return atomic.add<u32>(record + RECORD_CLAIMED, 1);
+}
+
+/**
+ * A grow on the main thread reaches this instance with its thread's next interrupt. Plain loads and stores do not mind, but
+ * bulk instructions check against the size that the instance knows, and would trap. Calls into JavaScript let
+ * interrupts in; this one comes back at once, since ABORT is not 1.
+ */
+function learnGrowth(pages: i32): void {
+  while (memory.size() < pages && !atomic.load<u32>(ABORT)) wait(ABORT, 1);
 }
 
 /** Runs on one thread per command, in the order of the commands. */

@@ -1,6 +1,7 @@
 /**
  * Measures kernels against a memcpy of the same run. Benches are interleaved (every round runs each once), so that a noisy
- * neighbour hits all of them; medians of the rounds are reported, and the share of the copy speed.
+ * neighbour hits all of them; the lower quartile of the rounds is reported (on shared machines the median tells more about the
+ * neighbours), and the share of the copy speed.
  */
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
@@ -73,20 +74,24 @@ export async function measure(benches: readonly Bench[], threads: number, rounds
         if (round >= 0) times[i]!.push(performance.now() - start);
       }
     }
-    const medians = times.map((t) => t.sort((a, b) => a - b)[t.length >> 1]!);
-    const copySpeed = copyBench.bytes / medians[0]!;
+    const typical = times.map(lowerQuartile);
+    const copySpeed = copyBench.bytes / typical[0]!;
     return all.map((b, i) => ({
       name: b.name,
       threads,
-      milliseconds: medians[i]!,
-      gelem: b.elements / medians[i]! / 1e6,
-      gbytes: b.bytes / medians[i]! / 1e6,
-      ofCopy: b.bytes / medians[i]! / copySpeed,
+      milliseconds: typical[i]!,
+      gelem: b.elements / typical[i]! / 1e6,
+      gbytes: b.bytes / typical[i]! / 1e6,
+      ofCopy: b.bytes / typical[i]! / copySpeed,
       peer: b.peer,
     }));
   } finally {
     await backend.close();
   }
+}
+
+export function lowerQuartile(times: readonly number[]): number {
+  return [...times].sort((a, b) => a - b)[times.length >> 2]!;
 }
 
 /** The input in `dtype` on the backend. */

@@ -22,7 +22,7 @@ const { values: options } = parseArgs({
   },
 });
 
-/** bitsandbytes' native CPU library on the same array, one thread: median milliseconds by operation. */
+/** bitsandbytes' native CPU library on the same array, one thread: milliseconds by operation (lower quartile). */
 function peerTimes(): Record<string, number> {
   const folder = mkdtempSync(join(tmpdir(), "halfbyte-bench-"));
   try {
@@ -56,7 +56,7 @@ if (options.json) {
   console.log(JSON.stringify({ machine, results, stream, peer }, null, 1));
 } else {
   console.log(
-    `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; medians of ${options.rounds} rounds\n`,
+    `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; lower quartiles of ${options.rounds} rounds\n`,
   );
   const head = [
     "",

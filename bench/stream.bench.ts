@@ -1,6 +1,7 @@
 /** The cost of the stream itself: launches in a chain, one kernel from enqueue to result, start-up. */
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
+import { lowerQuartile } from "./harness.js";
 
 export interface StreamResult {
   readonly name: string;
@@ -33,10 +34,9 @@ export async function measureStream(threads: number): Promise<StreamResult[]> {
       await t.data();
       reads.push((performance.now() - start) * 1000);
     }
-    const median = (list: number[]): number => list.sort((a, b) => a - b)[list.length >> 1]!;
     return [
-      { name: `launch in a chain of ${CHAIN}, warm`, threads, microseconds: median(chains) },
-      { name: "one launch, enqueue to result", threads, microseconds: median(reads) },
+      { name: `launch in a chain of ${CHAIN}, warm`, threads, microseconds: lowerQuartile(chains) },
+      { name: "one launch, enqueue to result", threads, microseconds: lowerQuartile(reads) },
       { name: "backend start to first result", threads, microseconds: startup },
     ];
   } finally {

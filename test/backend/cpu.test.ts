@@ -273,6 +273,20 @@ describe("memory", () => {
       await backend.synchronize();
     }));
 
+  test("kernels reach memory that has only just grown", () =>
+    withBackend({ threads: 2, guards: false }, async (backend) => {
+      using busy = bytes(backend, 3 * MB);
+      await busy.data();
+      for (let i = 0; i < 40; i++) {
+        for (let j = 0; j < 1 + (i % 5); j++) fill(busy, i);
+        using last = bytes(backend, 17 * MB + i * MB);
+        const end = { storage: last.storage, byteOffset: last.byteLength - 64 };
+        backend.launch("copy", { src: busy, dst: end, bytes: 64 });
+        if (i % 8 === 0) expect((await last.data()).at(-1)).toBe(i);
+      }
+      await backend.synchronize();
+    }));
+
   test("guards find an overrun", async () => {
     const backend = new CpuBackend({ threads: 1, guards: true });
     const t = bytes(backend, 100);

@@ -48,6 +48,8 @@ export const RECORD_CLAIMED = 24;
 export const RECORD_FINISHED = 28;
 /** Smallest index that a part reported by `fault`; NO_FAULT when none did. */
 export const RECORD_FAULT = 32;
+/** Pages of the memory when the command was enqueued. */
+export const RECORD_PAGES = 36;
 export const RECORD_OPERANDS = 40;
 export const NO_FAULT = 0xffffffff;
 

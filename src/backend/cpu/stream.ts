@@ -101,6 +101,7 @@ export class CommandStream {
     words[at + (L.RECORD_CLAIMED >> 2)] = 0;
     words[at + (L.RECORD_FINISHED >> 2)] = 0;
     words[at + (L.RECORD_FAULT >> 2)] = -1;
+    words[at + (L.RECORD_PAGES >> 2)] = this.memory.buffer.byteLength / L.PAGE_BYTES;
     return at + (L.RECORD_OPERANDS >> 2);
   }
 
