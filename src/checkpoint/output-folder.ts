@@ -46,7 +46,8 @@ export class OutputFolder {
     if (!found.isDirectory()) fail("a folder, or a path that does not exist", `the file ${path}`);
     const real = realpathSync(target);
     if (existsSync(source) && realpathSync(source) === real) fail("another folder than the source", path);
-    if (!force) fail("a path that does not exist (--force, or force: true, replaces the model there)", `${path}, which exists`);
+    if (!force)
+      fail("a path that does not exist (--force, or force: true, replaces the model there)", `${path}, which exists`);
     const files = readdirSync(real);
     if (files.length > 0 && !files.includes(CONFIG_FILE)) {
       fail(`a model's folder or an empty one to replace by force`, `${path}, which holds files but no ${CONFIG_FILE}`);

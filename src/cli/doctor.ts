@@ -3,6 +3,7 @@ import { availableParallelism, cpus, totalmem } from "node:os";
 import type { Command } from "commander";
 import { CUDA_MISSING, getBackend, shutdown } from "../backend/devices.js";
 import type { Backend, DeviceName } from "../core/backend.js";
+import { ArgumentError } from "../core/errors.js";
 import { Tensor } from "../core/tensor.js";
 import { dequantize4bit, quantize4bit } from "../ops/fourbit.js";
 import { NF4_THRESHOLDS, NF4_VALUES } from "../quant/codebooks.js";
@@ -102,9 +103,9 @@ async function checkBackend(device: DeviceName, threads: number | undefined): Pr
     await useThreads(threads);
     backend = getBackend(device);
   } catch (error) {
-    return [
-      result(device, false, describeError(error).message, "install halfbyte again (from a clone: npm run build)"),
-    ];
+    const mistaken = error instanceof ArgumentError;
+    const advice = mistaken ? "correct it, or leave it out" : "install halfbyte again (from a clone: npm run build)";
+    return [result(device, false, describeError(error).message, advice)];
   }
   try {
     const checks = [await checkKernel(backend), await checkLatency(backend)];

@@ -18,7 +18,9 @@ export function registerInspect(program: Command): void {
 }
 
 function describe(model: ModelInspection): string {
-  const rows = model.tensors.map((tensor) => [
+  // Files hold wide elements first; people look for layers.
+  const sorted = [...model.tensors].sort((a, b) => a.name.localeCompare(b.name, "en", { numeric: true }));
+  const rows = sorted.map((tensor) => [
     tensor.name,
     formatDims(tensor.shape),
     storage(tensor),
@@ -51,7 +53,7 @@ function totals(model: ModelInspection): [string, string][] {
   return [
     ["model", `${model.path} (${model.kind}, ${architecture})`],
     ["tensors", `${model.tensors.length}: ${mixture}`],
-    ["quantization", quantization(model.quantization)],
+    ["quantization", model.kind === "gguf" ? "GGUF's own types" : quantization(model.quantization)],
     ["weights", `${formatCount(model.parameters)}, ${model.bitsPerWeight.toFixed(2)} bits each`],
     ["on disk", formatBytes(model.diskBytes)],
     ["in memory", `${formatBytes(model.memoryBytes)} as transformers loads it`],

@@ -66,4 +66,9 @@ function report(error: unknown, complaints: string, json: boolean): number {
   return EXIT_FAILURE;
 }
 
+// Whoever reads the output may have seen enough (`| head`).
+process.stdout.on("error", (error: NodeJS.ErrnoException) => {
+  if (error.code !== "EPIPE") throw error;
+  process.exit();
+});
 await main(process.argv.slice(2));

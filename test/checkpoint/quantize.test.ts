@@ -10,8 +10,8 @@ import type { FloatDType } from "#halfbyte/core/dtype.js";
 import { ArgumentError, FormatError, NonFiniteError, UnsupportedError } from "#halfbyte/core/errors.js";
 import { createDynamicMap, FP4_RANKS, FP4_THRESHOLDS, NF4_THRESHOLDS } from "#halfbyte/quant/codebooks.js";
 import { makeTinyModel } from "../../scripts/make-tiny-model.mjs";
-import { f32Tensor, LLAMA, readModel, type TestTensor, writeModel } from "../helpers/checkpoint.js";
 import { listing } from "../helpers/cli.js";
+import { f32Tensor, LLAMA, readModel, type TestTensor, writeModel } from "../helpers/model-folder.js";
 import { normals } from "../helpers/random.js";
 import { encode, int8VectorwiseQuant, mean, quantize4bit, quantizeBlockwise, round } from "../helpers/scalar.js";
 

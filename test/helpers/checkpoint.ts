@@ -1,63 +1,92 @@
-/** Small checkpoints for tests, and their tensors as they are in the file. */
-import { mkdirSync, truncateSync, writeFileSync } from "node:fs";
+/** Builds safetensors files and model folders for tests: valid ones, and ones wrong in just the way a test asks for. */
+import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
 import { join } from "node:path";
-import { openHfFolder } from "#halfbyte/formats/hf-folder.js";
-import { CheckpointWriter, MODEL_FILE } from "#halfbyte/formats/safetensors-shards.js";
-import type { SafetensorsDType } from "#halfbyte/formats/source.js";
+import { HalfbyteError } from "#halfbyte/core/errors.js";
+import { bytesOfShape } from "#halfbyte/formats/safetensors.js";
+import type { SafetensorsDType, SourceTensor } from "#halfbyte/formats/source.js";
+import { random } from "./random.js";
+
+/** A folder of its own, removed by `remove()`. */
+export function temporaryFolder(): { path: string; file: (name: string) => string; remove: () => void } {
+  const path = mkdtempSync(join(tmpdir(), "halfbyte-test-"));
+  return { path, file: (name) => join(path, name), remove: () => rmSync(path, { recursive: true, force: true }) };
+}
 
 export interface TestTensor {
-  readonly dtype: SafetensorsDType;
-  readonly shape: readonly number[];
-  readonly bytes: Uint8Array;
+  dtype: SafetensorsDType;
+  shape: readonly number[];
+  data?: Uint8Array;
 }
 
-export const LLAMA = { architectures: ["LlamaForCausalLM"], model_type: "llama", tie_word_embeddings: true };
-
-/** Writes a folder with this config.json and these tensors. */
-export async function writeModel(
-  folder: string,
-  tensors: Readonly<Record<string, TestTensor>>,
-  config: object = LLAMA,
-): Promise<string> {
-  mkdirSync(folder, { recursive: true });
-  const declarations = Object.entries(tensors).map(([name, { dtype, shape }]) => ({ name, dtype, shape }));
-  const writer = new CheckpointWriter(folder, declarations);
-  for (const [name, { bytes }] of Object.entries(tensors)) await writer.write(name, bytes);
-  await writer.finish();
-  writeFileSync(join(folder, "config.json"), JSON.stringify(config));
-  return folder;
+/** Random bytes for a tensor. */
+export function randomBytes(length: number, seed: number | string): Uint8Array {
+  const next = random(seed);
+  return Uint8Array.from({ length }, () => next() & 255);
 }
 
-/** All tensors of a folder, whole. */
-export async function readModel(folder: string): Promise<Map<string, TestTensor>> {
-  const source = await openHfFolder(folder);
-  try {
-    const tensors = new Map<string, TestTensor>();
-    for (const { name, dtype, shape } of source.tensors.values()) {
-      tensors.set(name, { dtype, shape, bytes: await source.readRows(name, 0, shape.length === 0 ? 1 : shape[0]!) });
-    }
-    return tensors;
-  } finally {
-    await source.close();
+export function dataOf(name: string, tensor: TestTensor): Uint8Array {
+  return tensor.data ?? randomBytes(bytesOfShape(tensor.dtype, tensor.shape)!, name);
+}
+
+/** A file from a header text (or object) and data. `declared` replaces the header's length. */
+export function rawFile(
+  header: string | object | Uint8Array,
+  data: Uint8Array | number = 0,
+  declared?: number | bigint,
+) {
+  const text = typeof header === "string" ? header : header instanceof Uint8Array ? header : JSON.stringify(header);
+  const json = Buffer.from(text as string);
+  const prefix = Buffer.alloc(8);
+  prefix.writeBigUInt64LE(BigInt(declared ?? json.length));
+  return Buffer.concat([prefix, json, typeof data === "number" ? Buffer.alloc(data) : data]);
+}
+
+/** A valid file: tensors one after the other in the given order. */
+export function safetensorsBytes(tensors: Record<string, TestTensor>, metadata?: Record<string, string>): Buffer {
+  const header: [string, unknown][] = metadata ? [["__metadata__", metadata]] : [];
+  const parts: Uint8Array[] = [];
+  let offset = 0;
+  for (const [name, tensor] of Object.entries(tensors)) {
+    const data = dataOf(name, tensor);
+    const { dtype, shape } = tensor;
+    header.push([name, { dtype, shape, data_offsets: [offset, offset + data.length] }]);
+    parts.push(data);
+    offset += data.length;
   }
+  return rawFile(Object.fromEntries(header), Buffer.concat(parts));
 }
 
-/** float32 values as a tensor. */
-export function f32Tensor(values: ArrayLike<number>, shape: readonly number[]): TestTensor {
-  return { dtype: "F32", shape, bytes: new Uint8Array(Float32Array.from(values).buffer) };
+/** What `ModelSource.tensors` would be. */
+export function entries(tensors: Record<string, TestTensor>): Map<string, SourceTensor> {
+  return new Map(Object.entries(tensors).map(([name, { dtype, shape }]) => [name, { name, dtype, shape }]));
 }
 
-/** A model of zeros that takes (nearly) no room on the disk: one bfloat16 matrix [rows, cols] in a file with a hole. */
-export function writeHollowModel(folder: string, rows: number, cols: number): string {
-  mkdirSync(folder, { recursive: true });
-  const bytes = 2 * rows * cols;
-  const entry = { dtype: "BF16", shape: [rows, cols], data_offsets: [0, bytes] };
-  const json = JSON.stringify({ "model.layers.0.mlp.up_proj.weight": entry }).padEnd(256);
-  const head = Buffer.alloc(8 + json.length);
-  head.writeBigUInt64LE(BigInt(json.length));
-  head.write(json, 8);
-  writeFileSync(join(folder, MODEL_FILE), head);
-  truncateSync(join(folder, MODEL_FILE), head.length + bytes);
-  writeFileSync(join(folder, "config.json"), JSON.stringify(LLAMA));
-  return folder;
+export function writeJson(path: string, value: unknown): void {
+  writeFileSync(path, JSON.stringify(value));
+}
+
+/** The error that a promise rejects with; fails when it does not. */
+export async function rejection(promise: Promise<unknown>): Promise<unknown> {
+  let error: unknown;
+  let resolved = false;
+  try {
+    await promise;
+    resolved = true;
+  } catch (e) {
+    error = e;
+  }
+  if (resolved) throw new Error("expected a rejection");
+  return error;
+}
+
+/** The typed error that a task throws; fails when it throws none, or another. */
+export function failure(task: () => unknown): HalfbyteError {
+  try {
+    task();
+  } catch (error) {
+    if (error instanceof HalfbyteError) return error;
+    throw error;
+  }
+  throw new Error("expected an error");
 }

@@ -16,14 +16,22 @@ export interface RunOptions {
   readonly env?: Record<string, string>;
   /** A shell's words before `node`, as `ulimit -f 100;`. */
   readonly prelude?: string;
+  /** Options of Node itself. */
+  readonly node?: readonly string[];
   /** Called once the process runs. */
   readonly onStart?: (child: ChildProcess) => void;
 }
 
 /** Runs `halfbyte` with these arguments; nothing is a terminal. */
-export function halfbyte(args: readonly string[], { env = {}, prelude, onStart }: RunOptions = {}): Promise<Outcome> {
+export function halfbyte(
+  args: readonly string[],
+  { env = {}, prelude, node = [], onStart }: RunOptions = {},
+): Promise<Outcome> {
   const command = prelude === undefined ? process.execPath : "bash";
-  const words = prelude === undefined ? [MAIN, ...args] : ["-c", `${prelude} exec "$@"`, "-", process.execPath, MAIN, ...args];
+  const words =
+    prelude === undefined
+      ? [...node, MAIN, ...args]
+      : ["-c", `${prelude} exec "$@"`, "-", process.execPath, ...node, MAIN, ...args];
   const child = spawn(command, words, { env: { ...process.env, ...env }, stdio: ["ignore", "pipe", "pipe"] });
   let stdout = "";
   let stderr = "";
