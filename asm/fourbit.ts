@@ -301,7 +301,6 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
   const n = load<u32>(op, D.n);
   const nf4 = load<u32>(op, D.quantType) == NF4;
   const values = nf4 ? NF4_VALUES : FP4_VALUES;
-  const pairs = nf4 ? NF4_PAIRS : FP4_PAIRS;
   for (let block = begin; block < end; block++) {
     const first = block * blocksize;
     const count = min(blocksize, n - first);
@@ -312,8 +311,10 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
     if (abs(absmax) <= maxFinite<T>()) {
       done = count & -32;
       if (done) {
-        if (isFloat<T>()) decodePairs(packed, y, done, f32x4.splat(absmax), pairs);
-        else decodeHalves<T>(packed, y, done, f32x4.splat(absmax), values);
+        const scale = f32x4.splat(absmax);
+        if (!isFloat<T>()) decodeHalves<T>(packed, y, done, scale, values);
+        else if (nf4) decodePairs<Nf4>(packed, y, done, scale);
+        else decodePairs<Fp4>(packed, y, done, scale);
       }
     }
     for (let i = done; i < count; i++) {
@@ -325,21 +326,25 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
 }
 
 /** f32: a look-up gives the two values of a byte. */
-function decodePairs(packed: usize, y: usize, n: u32, scale: v128, pairs: usize): void {
+function decodePairs<Type>(packed: usize, y: usize, n: u32, scale: v128): void {
   const end = packed + (n >> 1);
   do {
-    v128.store(y, f32x4.mul(pairs2(pairs, packed), scale));
-    v128.store(y, f32x4.mul(pairs2(pairs, packed + 2), scale), 16);
-    v128.store(y, f32x4.mul(pairs2(pairs, packed + 4), scale), 32);
-    v128.store(y, f32x4.mul(pairs2(pairs, packed + 6), scale), 48);
+    const w = load<u64>(packed);
+    const lo = <u32>w;
+    const hi = <u32>(w >> 32);
+    v128.store(y, f32x4.mul(pairs2<Type>((lo << 3) & 0x7f8, (lo >> 5) & 0x7f8), scale));
+    v128.store(y, f32x4.mul(pairs2<Type>((lo >> 13) & 0x7f8, (lo >> 21) & 0x7f8), scale), 16);
+    v128.store(y, f32x4.mul(pairs2<Type>((hi << 3) & 0x7f8, (hi >> 5) & 0x7f8), scale), 32);
+    v128.store(y, f32x4.mul(pairs2<Type>((hi >> 13) & 0x7f8, (hi >> 21) & 0x7f8), scale), 48);
     packed += 8;
     y += 64;
   } while (packed < end);
 }
 
-function pairs2(pairs: usize, packed: usize): v128 {
-  const first = v128.load64_zero(pairs + ((<usize>load<u8>(packed)) << 3));
-  return v128.load64_lane(pairs + ((<usize>load<u8>(packed, 1)) << 3), first, 1);
+/** Two values each at byte offsets a and b of the type's table: a constant address costs no instruction. */
+function pairs2<Type>(a: usize, b: usize): v128 {
+  if (isNf4<Type>()) return v128.load64_lane(b, v128.load64_zero(a, NF4_PAIRS), 1, NF4_PAIRS);
+  return v128.load64_lane(b, v128.load64_zero(a, FP4_PAIRS), 1, FP4_PAIRS);
 }
 
 /** Eight values of the block, rounded. */
