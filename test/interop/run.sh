@@ -20,6 +20,11 @@ fi
 gguf=$(node --input-type=module -e 'import { fetchModel } from "./scripts/fetch-model.mjs"; console.log(await fetchModel("models"));')
 [ -e "$work/hf/model.safetensors" ] || "$python" test/interop/reference.py "$gguf" "$work/hf"
 
+# Both side by side, for the format tests (HALFBYTE_TEST_MODEL).
+mkdir -p "$work/model"
+ln -sfn "$(realpath "$gguf")" "$work/model/$(basename "$gguf")"
+ln -sfn "$(realpath "$work/hf")" "$work/model/hf"
+
 outputs=()
 for source in "$gguf" "$work/hf"; do
   route=$([ -d "$source" ] && echo hf || echo gguf)
