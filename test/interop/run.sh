@@ -17,7 +17,7 @@ if [ -z "${HALFBYTE_PYTHON:-}" ] && ! cmp -s test/interop/requirements.txt "$wor
   cp test/interop/requirements.txt "$work/installed.txt"
 fi
 
-gguf=$(node --input-type=module -e 'import { fetchModel } from "./scripts/fetch-model.mjs"; console.log(await fetchModel("models"));')
+gguf=$(node --input-type=module -e 'import { fetchModel } from "./scripts/fetch-model.mjs"; console.log(await fetchModel("models"));' | tail -n 1)
 [ -e "$work/hf/model.safetensors" ] || "$python" test/interop/reference.py "$gguf" "$work/hf"
 
 # Both side by side, for the format tests (HALFBYTE_TEST_MODEL).
