@@ -4,7 +4,7 @@ import { join } from "node:path";
 import { afterAll, beforeAll, describe, expect, it } from "vitest";
 import { makeTinyModel } from "../../scripts/make-tiny-model.mjs";
 import { halfbyte, parseOnly } from "../helpers/cli.js";
-import { ggufBytes, tinyModel } from "../helpers/gguf-writer.js";
+import { ggufBytes, TINY_LLAMA, tinyModel } from "../helpers/gguf-writer.js";
 import { f32Tensor, writeModel } from "../helpers/model-folder.js";
 
 const folder = mkdtempSync(join(tmpdir(), "halfbyte-cli-"));
@@ -16,14 +16,8 @@ beforeAll(async () => {
   await makeTinyModel(tiny, { tied: false });
   await halfbyte(["quantize", tiny, nf4, "--double-quant", "--skip", "k_proj"]);
   const spec = tinyModel({
-    architecture: "llama",
-    hidden: 64,
-    heads: 4,
-    kvHeads: 2,
-    headDim: 16,
-    intermediate: 96,
+    ...TINY_LLAMA,
     layers: 1,
-    vocab: 37,
     types: ["Q4_1", "F16", "Q8_0"],
     tied: true,
   });

@@ -15,7 +15,7 @@ import { openGgufModel } from "#halfbyte/formats/gguf-model.js";
 import { rowCount } from "#halfbyte/formats/source.js";
 import { makeTinyModel } from "../../scripts/make-tiny-model.mjs";
 import { contents, halfbyte, listing, parseOnly, until } from "../helpers/cli.js";
-import { ggufBytes, tinyModel } from "../helpers/gguf-writer.js";
+import { ggufBytes, TINY_LLAMA, tinyModel } from "../helpers/gguf-writer.js";
 import { readModel, type TestTensor, writeHollowModel, writeModel } from "../helpers/model-folder.js";
 import { encode, round } from "../helpers/scalar.js";
 
@@ -135,14 +135,8 @@ describe("halfbyte quantize", () => {
 
   it("gives a GGUF file's weights the same codes as its Hugging Face folder's", async () => {
     const spec = tinyModel({
-      architecture: "llama",
-      hidden: 64,
-      heads: 4,
-      kvHeads: 2,
-      headDim: 16,
-      intermediate: 96,
+      ...TINY_LLAMA,
       layers: 2,
-      vocab: 37,
       types: ["Q4_1", "F16", "Q8_0", "BF16", "F32", "Q5_0"],
     });
     const gguf = join(folder, "tiny.gguf");

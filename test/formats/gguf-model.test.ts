@@ -11,6 +11,7 @@ import {
   ggufBytes,
   list,
   type TensorSpec,
+  TINY_LLAMA,
   type TinyModel,
   type Typed,
   text,
@@ -29,14 +30,8 @@ function save(spec: GgufSpec): string {
 }
 
 const LLAMA: TinyModel = {
-  architecture: "llama",
-  hidden: 64,
-  heads: 4,
-  kvHeads: 2,
-  headDim: 16,
-  intermediate: 96,
+  ...TINY_LLAMA,
   layers: 2,
-  vocab: 37,
   types: ["Q4_1", "F16", "Q8_0", "BF16", "F32", "Q5_0", "Q4_0"],
 };
 const QWEN2: TinyModel = { ...LLAMA, architecture: "qwen2", bias: true, tied: true, seed: 2 };

@@ -178,6 +178,17 @@ export interface TinyModel {
   seed?: number;
 }
 
+/** The sizes that tests share; layers, types and the rest are the test's own. */
+export const TINY_LLAMA = {
+  architecture: "llama",
+  hidden: 64,
+  heads: 4,
+  kvHeads: 2,
+  headDim: 16,
+  intermediate: 96,
+  vocab: 37,
+} as const satisfies Partial<TinyModel>;
+
 /** A Llama-family model with every tensor and the metadata that a converter writes. */
 export function tinyModel(model: TinyModel): Required<Pick<GgufSpec, "metadata" | "tensors">> {
   const random = seeded(model.seed ?? 1);
