@@ -50,6 +50,7 @@ export {
 } from "./ops/fourbit.js";
 export { type Int8VectorwiseQuantOptions, int8VectorwiseDequant, int8VectorwiseQuant } from "./ops/int8.js";
 export { mean } from "./ops/sum.js";
+export { Codebook } from "./quant/codebook.js";
 export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";
 export { QuantState, type QuantStateDict } from "./quant/state.js";
 export type { QuantType } from "./quant/types.js";
