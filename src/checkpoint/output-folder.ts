@@ -4,6 +4,7 @@ import { existsSync, mkdirSync, readdirSync, realpathSync, renameSync, rmdirSync
 import { statfs } from "node:fs/promises";
 import { basename, dirname, join, resolve } from "node:path";
 import { ArgumentError, FormatError } from "../core/errors.js";
+import { missingFolders } from "../formats/folders.js";
 import { CONFIG_FILE, isSidecar } from "../formats/hf-folder.js";
 import { isWeightFile } from "../formats/safetensors-shards.js";
 
@@ -63,8 +64,7 @@ export class OutputFolder {
   async create(bytes: number): Promise<void> {
     process.once("exit", this.onExit);
     try {
-      for (let folder = this.work; !existsSync(folder); folder = dirname(folder)) this.created.unshift(folder);
-      // One by one: asked for all at once, Node 20 never returns where the first cannot be made (below /proc, say).
+      this.created.push(...missingFolders(this.work));
       for (const folder of this.created) mkdirSync(folder);
       const { bavail, bsize } = await statfs(this.work);
       if (bavail * bsize < bytes) {

@@ -237,7 +237,13 @@ export class Tensor<D extends DType = DType> implements Address {
 
   private copyTensor(source: Tensor): void {
     if (source.backend !== this.backend) {
-      this.backend.write(this.storage, this.byteOffset, bytesOf(source.to(this.dtype).dataSync() as Uint8Array));
+      // Rounded where it lies, so that only this dtype's bytes cross.
+      const same = source.to(this.dtype);
+      try {
+        this.backend.write(this.storage, this.byteOffset, same.bytesSync());
+      } finally {
+        same.dispose();
+      }
     } else if (source.dtype !== this.dtype) {
       source.convertInto(this);
     } else if (source.storage !== this.storage || source.byteOffset !== this.byteOffset) {

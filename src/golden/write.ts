@@ -1,11 +1,12 @@
 /** Golden vectors from the cpu reference, in the format of docs/golden.md: for people who write kernels elsewhere. */
 import { access, mkdir } from "node:fs/promises";
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 import { type DType, FLOAT_DTYPES, type FloatDType } from "../core/dtype.js";
 import { ArgumentError, FormatError } from "../core/errors.js";
 import { keep, tidy } from "../core/scope.js";
 import type { Shape } from "../core/shape.js";
 import type { Tensor } from "../core/tensor.js";
+import { missingFolders } from "../formats/folders.js";
 import { SafetensorsFile } from "../formats/safetensors.js";
 import { SafetensorsWriter } from "../formats/safetensors-writer.js";
 import { isSafetensorsDType, type SafetensorsDType } from "../formats/source.js";
@@ -76,7 +77,7 @@ export async function writeGolden(dir: string, options: WriteGoldenOptions): Pro
   for (const dtype of FLOAT_DTYPES) for (const kind of INPUT_KINDS) await vectors.input(kind, dtype);
   for (const dtype of FLOAT_DTYPES) for (const quantType of QUANT_TYPES) await vectors.nested(dtype, quantType);
 
-  await mkdir(dir, { recursive: true });
+  for (const folder of missingFolders(resolve(dir))) await mkdir(folder);
   const metadata = { source: SOURCE, seed: String(seed), [CASES_KEY]: JSON.stringify(vectors.cases) };
   const declarations = [...vectors.tensors].map(([name, { dtype, shape }]) => ({ name, dtype, shape }));
   const writer = new SafetensorsWriter(path, declarations, metadata);

@@ -184,6 +184,16 @@ describe("devices", () => {
       expect(() => quantize4bit(a, { out })).toThrow(DeviceError);
     }));
 
+  test("copyFrom carries elements between devices and leaves nothing behind", () =>
+    withBackend({}, (backend) => {
+      using a = tensor([1, 2.5, -3]);
+      using b = Tensor.allocate(backend, "bf16", [3]).copyFrom(a);
+      const before = [memory().cpu!.tensors, liveTensors(backend)];
+      using c = tensor([0, 0, 0]).copyFrom(b);
+      expect([...c.dataSync()]).toEqual([1, 2.5, -3]);
+      expect([memory().cpu!.tensors - 1, liveTensors(backend)]).toEqual(before);
+    }));
+
   test("init twice is refused", async () => {
     await expect(init()).rejects.toThrow(/call shutdown\(\) first/);
   });
