@@ -41,7 +41,50 @@ export class DTypeError extends ArgumentError {
 
 /** Operands live on different devices, or a device is unknown or not available. */
 export class DeviceError extends ArgumentError {
-  override readonly code = "ERR_HALFBYTE_DEVICE";
+  override readonly code: string = "ERR_HALFBYTE_DEVICE";
+}
+
+/** Why the cuda backend cannot be used. */
+export type CudaUnavailableCause =
+  | "platform"
+  | "addon-missing"
+  | "worker-thread"
+  | "no-driver"
+  | "driver-too-old"
+  | "no-device"
+  | "no-kernel-image"
+  | "probe-crashed"
+  | "probe-timeout"
+  | "probe-mismatch"
+  | "driver-error";
+
+/** The cuda backend cannot be used here; `reason` says why, `advice` what to do. */
+export class CudaUnavailableError extends DeviceError {
+  override readonly code: string = "ERR_HALFBYTE_CUDA_UNAVAILABLE";
+  constructor(
+    readonly reason: CudaUnavailableCause,
+    /** What was found. */
+    readonly detail: string,
+    /** One sentence. */
+    readonly advice: string,
+    op = "device",
+  ) {
+    super(op, "device", "a device that is available (cpu)", `cuda: ${detail}. ${advice}`);
+  }
+}
+
+/** The package has no code for this GPU. */
+export class NoKernelImageError extends CudaUnavailableError {
+  override readonly code = "ERR_HALFBYTE_NO_KERNEL_IMAGE";
+  constructor(
+    /** The GPU's architecture, as `sm_87`. */
+    readonly architecture: string,
+    /** What the package has code for, as `sm_87`, `compute_80 (PTX)`. */
+    readonly available: readonly string[],
+    advice: string,
+  ) {
+    super("no-kernel-image", `no kernels for ${architecture} (there are: ${available.join(", ") || "none"})`, advice);
+  }
 }
 
 /** A tensor or backend was used after it was disposed. */
@@ -88,7 +131,7 @@ export class NonFiniteError extends HalfbyteError {
 
 /** A backend failed while it ran a kernel (trap, lost worker, device error). It stays failed until it is restarted. */
 export class BackendError extends HalfbyteError {
-  readonly code = "ERR_HALFBYTE_BACKEND";
+  readonly code: string = "ERR_HALFBYTE_BACKEND";
   constructor(
     readonly device: string,
     readonly reason: string,
@@ -97,6 +140,23 @@ export class BackendError extends HalfbyteError {
     options?: ErrorOptions,
   ) {
     super(`[${device}] ${reason}${kernel ? ` in ${kernel}` : ""}`, options);
+  }
+}
+
+/** A call of the CUDA driver failed. */
+export class CudaError extends BackendError {
+  override readonly code = "ERR_HALFBYTE_CUDA";
+  constructor(
+    /** The binding's function (`moduleLoad`). */
+    readonly call: string,
+    /** The driver's CUresult, or a negative number of the binding. */
+    readonly status: number,
+    /** As `CUDA_ERROR_ILLEGAL_ADDRESS`. */
+    readonly statusName: string,
+    words: string,
+    kernel?: string,
+  ) {
+    super("cuda", `${call}: ${statusName} (${status}), ${words}`, kernel);
   }
 }
 

@@ -83,6 +83,22 @@ export const KERNELS = {
 export type KernelName = keyof typeof KERNELS;
 export const KERNEL_NAMES = Object.keys(KERNELS) as KernelName[];
 
+/** The file in asm/ and csrc/kernels/ that holds each kernel. */
+export const KERNEL_FAMILY = {
+  copy: "memory",
+  fill: "memory",
+  convert: "convert",
+  sumChunks: "sum",
+  meanOfSum: "sum",
+  quantizeBlockwise: "blockwise",
+  dequantizeBlockwise: "blockwise",
+  quantize4bit: "fourbit",
+  dequantize4bit: "fourbit",
+  int8VectorwiseQuant: "int8",
+  int8VectorwiseDequant: "int8",
+} as const satisfies Record<KernelName, string>;
+export type KernelFamily = (typeof KERNEL_FAMILY)[KernelName];
+
 /** The number that asm/ and csrc/ know a 4-bit type by. */
 export const QUANT_TYPE_ID = { nf4: 0, fp4: 1 } as const;
 
