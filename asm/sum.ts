@@ -4,7 +4,7 @@
  * in this order, whatever the number of threads.
  */
 import { SUM_CHUNK, SUM_LANES } from "./generated/constants";
-import { MeanOfSum, SumChunks } from "./generated/operands";
+import { MeanOfSums, SumChunks } from "./generated/operands";
 import { store1 } from "./kernel";
 
 /** y[c] = sum of chunk c. Unit: chunk. */
@@ -13,11 +13,13 @@ export function sumChunks(op: usize, begin: u32, end: u32): void {
   else chunks<f32>(op, begin, end);
 }
 
-/** y[0] = f32(x[0] / n). Unit: the one result. */
-export function meanOfSum(op: usize, begin: u32, end: u32): void {
+/** y[0] = f32(the rest of the tree over x / n). Unit: the one result. */
+export function meanOfSums(op: usize, begin: u32, end: u32): void {
   if (begin == end) return;
-  const sum = load<f64>(load<usize>(op, MeanOfSum.x));
-  store1<f32>(load<usize>(op, MeanOfSum.y), <f32>(sum / <f64>load<u32>(op, MeanOfSum.n)));
+  const x = load<usize>(op, MeanOfSums.x);
+  const sums = load<u32>(op, MeanOfSums.sums);
+  const sum = sums <= SUM_CHUNK ? node<f64>(x, sums, 0, 1) : nodeOfChunks(x, sums, 0, 1);
+  store1<f32>(load<usize>(op, MeanOfSums.y), <f32>(sum / <f64>load<u32>(op, MeanOfSums.n)));
 }
 
 function chunks<T>(op: usize, begin: u32, end: u32): void {
@@ -64,5 +66,16 @@ function node<T>(p: usize, count: u32, i: u32, step: u32): f64 {
   if (step < SUM_LANES) return node<T>(p, count, i, 2 * step) + node<T>(p, count, i + step, 2 * step);
   let sum: f64 = 0;
   for (; i < count; i += SUM_LANES) sum += <f64>load<T>(p + i * sizeof<T>());
+  return sum;
+}
+
+/** `node` of a chunk whose elements are the sums of chunks of `count` f64. */
+function nodeOfChunks(p: usize, count: u32, i: u32, step: u32): f64 {
+  if (step < SUM_LANES) return nodeOfChunks(p, count, i, 2 * step) + nodeOfChunks(p, count, i + step, 2 * step);
+  let sum: f64 = 0;
+  for (; i * SUM_CHUNK < count; i += SUM_LANES) {
+    const first = i * SUM_CHUNK;
+    sum += node<f64>(p + first * 8, min(SUM_CHUNK, count - first), 0, 1);
+  }
   return sum;
 }

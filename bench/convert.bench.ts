@@ -1,6 +1,6 @@
 import { DTYPE_BYTES, DTYPE_ID } from "#halfbyte/core/dtype.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
-import { type Bench, ELEMENTS, operand } from "./harness.js";
+import { type Bench, operand, outputs } from "./harness.js";
 
 const PAIRS = [
   ["f32", "bf16"],
@@ -9,13 +9,16 @@ const PAIRS = [
   ["f16", "f32"],
 ] as const;
 
-export const convertBenches: Bench[] = PAIRS.map(([from, to]) => ({
-  name: `convert ${from} to ${to}`,
-  elements: ELEMENTS,
-  bytes: ELEMENTS * (DTYPE_BYTES[from] + DTYPE_BYTES[to]),
-  setup(backend) {
-    const x = operand(backend, from);
-    const y = Tensor.allocate(backend, to, [ELEMENTS]);
-    return () => backend.launch("convert", { x, y, n: ELEMENTS, from: DTYPE_ID[from], to: DTYPE_ID[to] });
-  },
-}));
+export const convertBenches = (elements: number): Bench[] =>
+  PAIRS.map(([from, to]) => ({
+    name: `convert ${from} to ${to}`,
+    elements,
+    bytes: elements * (DTYPE_BYTES[from] + DTYPE_BYTES[to]),
+    peer: `convert_${from}_${to}`,
+    setup(backend, work) {
+      const x = operand(backend, from, work);
+      const y = Tensor.allocate(backend, to, [work.elements]);
+      const operands = { x, y, n: work.elements, from: DTYPE_ID[from], to: DTYPE_ID[to] };
+      return outputs(() => backend.launch("convert", operands), y);
+    },
+  }));

@@ -1,12 +1,28 @@
 /**
- * Measures kernels against a memcpy of the same run. Benches are interleaved (every round runs each once), so that a noisy
+ * Measures kernels against a copy of the same run. On the cpu benches are interleaved (every round runs each once), so that a noisy
  * neighbour hits all of them; the lower quartile of the rounds is reported (on shared machines the median tells more about the
- * neighbours), and the share of the copy speed.
+ * neighbours), and the share of the copy speed. How a GPU is measured: cuda.ts.
  */
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
+import type { Backend } from "#halfbyte/core/backend.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 
+/** Elements of every cpu bench. */
 export const ELEMENTS = 16 * 1024 * 1024;
+
+/** What a bench works on: elements [begin, begin + elements) of the common input, which repeats after PERIOD. */
+export interface Work {
+  readonly elements: number;
+  readonly begin: number;
+}
+
+/** A bench with its operands on a backend. */
+export interface Running {
+  /** Launches the work once. */
+  run(): void;
+  /** Launches it once more, and gives what it computes: each tensor has its part of every element, in order. */
+  outputs(): readonly Tensor[];
+}
 
 /** One thing to measure. */
 export interface Bench {
@@ -15,10 +31,11 @@ export interface Bench {
   readonly elements: number;
   /** Bytes read and written by one run: its floor is these over the copy speed. */
   readonly bytes: number;
-  /** What bench/peer.py calls the same operation, where bitsandbytes has it. */
+  /** What bench/peer.py and bench/peer_cuda.py call the same operation, where bitsandbytes has it. */
   readonly peer?: string;
-  /** Makes operands; the returned function launches the work once. */
-  setup(backend: CpuBackend): () => void;
+  /** Some of its outputs depend on the whole input, so that a slice of it cannot be checked by itself. */
+  readonly whole?: boolean;
+  setup(backend: Backend, work: Work): Running;
 }
 
 export interface Result {
@@ -34,28 +51,45 @@ export interface Result {
   readonly peer?: string;
 }
 
-export const copyBench: Bench = {
-  name: "memcpy 64 MB",
-  elements: ELEMENTS,
-  bytes: 8 * ELEMENTS,
-  setup(backend) {
-    const src = Tensor.allocate(backend, "f32", [ELEMENTS]).copyFrom(input());
-    const dst = Tensor.allocate(backend, "f32", [ELEMENTS]);
-    return () => backend.launch("copy", { src, dst, bytes: src.byteLength });
-  },
-};
+/** float32 from one place to another. */
+export function copyBench(elements: number): Bench {
+  return {
+    name: `memcpy ${(4 * elements) / 2 ** 20} MB`,
+    elements,
+    bytes: 8 * elements,
+    setup(backend, work) {
+      const src = operand(backend, "f32", work);
+      const dst = Tensor.allocate(backend, "f32", [work.elements]);
+      const run = (): void => backend.launch("copy", { src, dst, bytes: src.byteLength });
+      return outputs(run, dst);
+    },
+  };
+}
 
+/** A bench whose `run` fills these tensors. */
+export function outputs(run: () => void, ...tensors: readonly Tensor[]): Running {
+  return {
+    run,
+    outputs: () => {
+      run();
+      return tensors;
+    },
+  };
+}
+
+/** Elements after which the input repeats. */
+export const PERIOD = ELEMENTS;
 let values: Float32Array<ArrayBuffer> | undefined;
 /** The 16 M roughly normal values that every bench and the peer use. */
 export function input(): Float32Array<ArrayBuffer> {
   if (!values) {
-    values = new Float32Array(ELEMENTS);
+    values = new Float32Array(PERIOD);
     let state = 1;
     const next = (): number => {
       state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
       return state;
     };
-    for (let i = 0; i < ELEMENTS; i++) values[i] = ((next() + next() + next() + next()) / 2 ** 32 - 2) * 0.05;
+    for (let i = 0; i < PERIOD; i++) values[i] = ((next() + next() + next() + next()) / 2 ** 32 - 2) * 0.05;
   }
   return values;
 }
@@ -63,8 +97,9 @@ export function input(): Float32Array<ArrayBuffer> {
 export async function measure(benches: readonly Bench[], threads: number, rounds: number): Promise<Result[]> {
   const backend = new CpuBackend({ threads });
   try {
-    const all = [copyBench, ...benches];
-    const runs = all.map((b) => b.setup(backend));
+    const copy = copyBench(ELEMENTS);
+    const all = [copy, ...benches];
+    const runs = all.map((b) => b.setup(backend, { elements: b.elements, begin: 0 }).run);
     const times: number[][] = all.map(() => []);
     for (let round = -2; round < rounds; round++) {
       for (const [i, run] of runs.entries()) {
@@ -75,7 +110,7 @@ export async function measure(benches: readonly Bench[], threads: number, rounds
       }
     }
     const typical = times.map(lowerQuartile);
-    const copySpeed = copyBench.bytes / typical[0]!;
+    const copySpeed = copy.bytes / typical[0]!;
     return all.map((b, i) => ({
       name: b.name,
       threads,
@@ -94,9 +129,18 @@ export function lowerQuartile(times: readonly number[]): number {
   return [...times].sort((a, b) => a - b)[times.length >> 2]!;
 }
 
-/** The input in `dtype` on the backend. */
-export function operand(backend: CpuBackend, dtype: "f32" | "f16" | "bf16"): Tensor {
-  const wide = Tensor.allocate(backend, "f32", [ELEMENTS]).copyFrom(input());
+/** The input in `dtype` on the backend. What is longer than it repeats it, by copies on the device. */
+export function operand(backend: Backend, dtype: "f32" | "f16" | "bf16", { elements, begin }: Work): Tensor {
+  const wide = Tensor.allocate(backend, "f32", [elements]);
+  const first = begin % PERIOD;
+  let done = Math.min(elements, PERIOD - first);
+  const head = input().subarray(first, first + done);
+  backend.write(wide.storage, 0, new Uint8Array(head.buffer, head.byteOffset, head.byteLength));
+  if (done < elements && first !== 0) throw new Error("only an input from the beginning may repeat");
+  for (; done < elements; done *= 2) {
+    const dst = { storage: wide.storage, byteOffset: 4 * done };
+    backend.launch("copy", { src: wide, dst, bytes: 4 * Math.min(done, elements - done) });
+  }
   if (dtype === "f32") return wide;
   const narrow = wide.to(dtype);
   wide.dispose();

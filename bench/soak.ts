@@ -1,15 +1,18 @@
 /**
- * Random launches, reads, writes, disposals and growth on the cpu stream, every read checked: `npm run soak -- --seconds 60`.
- * Exit 1 when a byte is wrong or the stream fails. Options: --seconds N (of each), --threads 1,2,4, --seed N
+ * Random launches, reads, writes, disposals and growth on a backend's stream, every read checked: `npm run soak -- --seconds 60`.
+ * Exit 1 when a byte is wrong or the stream fails. Options: --seconds N (of each), --threads 1,2,4, --seed N, --device cuda
  */
 import { parseArgs } from "node:util";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
+import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
+import type { Backend } from "#halfbyte/core/backend.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 
 const { values: options } = parseArgs({
   options: {
     seconds: { type: "string", default: "20" },
     threads: { type: "string", default: "1,2,4" },
+    device: { type: "string", default: "cpu" },
     seed: { type: "string", default: String(Date.now() % 1e6) },
   },
 });
@@ -22,13 +25,14 @@ interface Buffer {
   value: number;
 }
 
+/** @param threads of the cpu; 0 is the GPU */
 async function soak(threads: number, seconds: number, seed: number): Promise<number> {
   let state = seed >>> 0;
   const below = (n: number): number => {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     return Math.floor((state / 2 ** 32) * n);
   };
-  const backend = new CpuBackend({ threads });
+  const backend: Backend = threads === 0 ? new CudaBackend() : new CpuBackend({ threads });
   const buffers: Buffer[] = SIZES.map((n) => ({ tensor: Tensor.allocate(backend, "u8", [n]), value: 0 }));
   for (const { tensor } of buffers) backend.launch("fill", { dst: tensor, bytes: tensor.size, value: 0 });
   const pending: Promise<void>[] = [];
@@ -75,12 +79,13 @@ async function soak(threads: number, seconds: number, seed: number): Promise<num
   }
   await Promise.all(pending);
   await backend.close();
-  console.log(`${threads} workers, seed ${seed}: ${commands} commands, ${reads} reads, ${wrong} wrong`);
+  const where = threads === 0 ? "cuda" : `${threads} workers`;
+  console.log(`${where}, seed ${seed}: ${commands} commands, ${reads} reads, ${wrong} wrong`);
   return wrong;
 }
 
 let wrong = 0;
-for (const threads of options.threads.split(",").map(Number)) {
+for (const threads of options.device === "cuda" ? [0] : options.threads.split(",").map(Number)) {
   wrong += await soak(threads, Number(options.seconds), Number(options.seed));
 }
 if (wrong > 0) process.exitCode = 1;

@@ -1,14 +1,16 @@
 import { mean } from "#halfbyte/ops/sum.js";
-import { type Bench, ELEMENTS, operand } from "./harness.js";
+import { type Bench, operand } from "./harness.js";
 
-export const sumBenches: Bench[] = [
+export const sumBenches = (elements: number): Bench[] => [
   {
     name: "mean f32 (float64 tree)",
-    elements: ELEMENTS,
-    bytes: ELEMENTS * 4,
-    setup(backend) {
-      const A = operand(backend, "f32");
-      return () => mean(A).dispose();
+    elements,
+    bytes: elements * 4,
+    peer: "mean_f32",
+    whole: true,
+    setup(backend, work) {
+      const A = operand(backend, "f32", work);
+      return { run: () => mean(A).dispose(), outputs: () => [mean(A)] };
     },
   },
 ];

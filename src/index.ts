@@ -1,5 +1,18 @@
 /** halfbyte: k-bit quantization for Node.js. */
-export { getBackend, type InitOptions, init, type MemoryReport, memory, restart, shutdown } from "./backend/devices.js";
+export type { CpuOptions } from "./backend/cpu/backend.js";
+export type { CudaOptions } from "./backend/cuda/backend.js";
+export type { CudaDevice } from "./backend/cuda/device.js";
+export { type ProbeOptions, type ProbeResult, probeCuda, probeCudaSync } from "./backend/cuda/probe.js";
+export {
+  type DeviceChoice,
+  getBackend,
+  type InitOptions,
+  init,
+  type MemoryReport,
+  memory,
+  restart,
+  shutdown,
+} from "./backend/devices.js";
 // Whole models and files.
 export {
   type ComparedTensor,
@@ -7,6 +20,15 @@ export {
   type ComparisonReport,
   compareModels,
 } from "./checkpoint/compare.js";
+export {
+  type EstimateOptimizer,
+  type EstimateOptions,
+  type EstimatePart,
+  type EstimateType,
+  estimateModel,
+  type LoraTargets,
+  type ModelEstimate,
+} from "./checkpoint/estimate.js";
 export { type InspectedTensor, inspectModel, type ModelInspection } from "./checkpoint/inspect.js";
 export { type Model, openModel } from "./checkpoint/open.js";
 export {

@@ -1,5 +1,5 @@
 /** How far a quantized model is from its original. */
-import type { DeviceName } from "../core/backend.js";
+import { type DeviceChoice, openBackend } from "../backend/devices.js";
 import { FormatError } from "../core/errors.js";
 import { formatShape, type Shape, sameShape } from "../core/shape.js";
 import { modulesToQuantize } from "../formats/bnb-modules.js";
@@ -8,8 +8,8 @@ import { floatDType } from "./encode.js";
 import { ErrorSum, type TensorError } from "./error-sum.js";
 
 export interface CompareOptions {
-  /** Where to compute. Default `auto`. */
-  readonly device?: "auto" | DeviceName | undefined;
+  /** Where to compute. Default: as `getBackend`. */
+  readonly device?: DeviceChoice | undefined;
   readonly signal?: AbortSignal | undefined;
   /** Called as weights are done, with their number and that of all that will be compared. */
   readonly onProgress?: ((progress: { done: number; total: number; tensor: string }) => void) | undefined;
@@ -52,7 +52,8 @@ const WORST = 10;
  * Compares every weight of a quantized model with the original's, as float32 values: 4-bit weights as they decode to their
  * state's dtype, int8 weights as codes * SCB / 127. Either may be a Hugging Face folder or a GGUF file, quantized or not.
  * Both stream through in slices.
- * @throws FormatError when a model is malformed or the two have no weight in common, UnsupportedError, the signal's reason
+ * @throws FormatError when a model is malformed or the two have no weight in common, UnsupportedError, DeviceError, the signal's
+ *   reason
  */
 export async function compareModels(
   original: string,
@@ -64,7 +65,8 @@ export async function compareModels(
   try {
     const after = await openWeights(quantized);
     try {
-      const report = await compareWeights(before, after, options);
+      const { device } = await openBackend(options.device);
+      const report = await compareWeights(before, after, { ...options, device });
       return { original, quantized, ...report, seconds: (performance.now() - started) / 1000 };
     } finally {
       await after.source.close();

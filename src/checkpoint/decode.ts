@@ -1,6 +1,5 @@
 /** The weights of any model as numbers: what they are stored as, and their float32 values slice by slice. */
-import { getBackend } from "../backend/devices.js";
-import type { DeviceName } from "../core/backend.js";
+import { type DeviceChoice, getBackend } from "../backend/devices.js";
 import { DTYPE_BYTES, type FloatDType } from "../core/dtype.js";
 import { UnsupportedError } from "../core/errors.js";
 import { keep, tidy } from "../core/scope.js";
@@ -119,7 +118,7 @@ export async function openWeights(path: string): Promise<DecodableModel> {
 export interface DecodeOptions {
   /** Values of the transposed matrix (of a weight that is not quantized). */
   readonly transposed?: boolean;
-  readonly device?: "auto" | DeviceName | undefined;
+  readonly device?: DeviceChoice | undefined;
   readonly signal?: AbortSignal | undefined;
 }
 

@@ -1,8 +1,8 @@
 /** Quantizing a model into a folder that transformers + bitsandbytes load. */
 import { writeFile } from "node:fs/promises";
 import { join } from "node:path";
-import { getBackend } from "../backend/devices.js";
-import type { DeviceName } from "../core/backend.js";
+import { type DeviceChoice, openBackend } from "../backend/devices.js";
+import type { Backend, DeviceName } from "../core/backend.js";
 import { TORCH_NAME } from "../core/dtype.js";
 import { FormatError, HalfbyteError } from "../core/errors.js";
 import type { Shape } from "../core/shape.js";
@@ -44,8 +44,8 @@ export interface QuantizeOptions extends SettingsOptions {
   readonly force?: boolean | undefined;
   /** Measure the error of every quantized tensor on the way. Default false. */
   readonly errors?: boolean | undefined;
-  /** Where to compute. Default `auto`. */
-  readonly device?: "auto" | DeviceName | undefined;
+  /** Where to compute. Default: as `getBackend`. The result is the same bytes everywhere. */
+  readonly device?: DeviceChoice | undefined;
   /** Stops the work: nothing is left of it, and the promise rejects with the signal's reason. */
   readonly signal?: AbortSignal | undefined;
   readonly onProgress?: ((progress: QuantizeProgress) => void) | undefined;
@@ -78,6 +78,8 @@ export interface KeptTensorReport {
 export interface QuantizeReport {
   readonly source: { readonly path: string; readonly kind: Model["kind"]; readonly bytes: number };
   readonly out: string;
+  /** What computed. */
+  readonly device: DeviceName;
   readonly type: QuantizeType;
   /** 4-bit types only. */
   readonly blocksize?: number;
@@ -105,14 +107,16 @@ export interface QuantizeReport {
  * Quantizes a model into a new folder that transformers + bitsandbytes load: config.json with its `quantization_config`,
  * generation config, tokenizer files and safetensors shards. The output head, embeddings and everything else that
  * transformers would leave alone stays, in the compute dtype. Tensors stream through in slices: memory stays below a
- * gigabyte whatever the size of the model. The same input and options give the same bytes, whatever the number of threads.
+ * gigabyte whatever the size of the model. The same input and options give the same bytes on every device, whatever the number
+ * of threads.
  *
  * Nothing is visible under `out` before it is complete; after an error or an abort nothing is left.
  *
  * @param src a Hugging Face folder or a .gguf file
  * @param out the folder to make
  * @throws ArgumentError (options, `out` exists), FormatError (source malformed or already quantized, disk full),
- *   UnsupportedError (a model that cannot be quantized), NonFiniteError naming the tensor, BackendError, the signal's reason
+ *   UnsupportedError (a model that cannot be quantized), NonFiniteError naming the tensor, DeviceError, BackendError, the
+ *   signal's reason
  */
 export async function quantizeModel(src: string, out: string, options: QuantizeOptions = {}): Promise<QuantizeReport> {
   const started = performance.now();
@@ -122,7 +126,8 @@ export async function quantizeModel(src: string, out: string, options: QuantizeO
     const folder = OutputFolder.check(out, src, options.force ?? false);
     options.signal?.throwIfAborted();
     source = await openModel(src);
-    return await convert(source, folder, settings, options, started);
+    const backend = await openBackend(options.device);
+    return await convert(source, backend, folder, settings, options, started);
   } catch (error) {
     throw explained(error, out);
   } finally {
@@ -132,6 +137,7 @@ export async function quantizeModel(src: string, out: string, options: QuantizeO
 
 async function convert(
   source: Model,
+  backend: Backend,
   folder: OutputFolder,
   settings: Settings,
   options: QuantizeOptions,
@@ -149,7 +155,7 @@ async function convert(
       totalParameters: parameters,
       ...(maxShardSize === undefined ? {} : { maxShardSize }),
     });
-    await runJobs(jobsOf(source, plan.tensors, settings, options, writer, parameters, sums));
+    await runJobs(jobsOf(source, backend, plan.tensors, settings, options, writer, parameters, sums));
     const { files, totalBytes } = await writer.finish();
     await writeFile(join(folder.work, CONFIG_FILE), plan.config);
     for (const [name, load] of source.sidecars) await writeFile(join(folder.work, name), await load());
@@ -167,6 +173,7 @@ async function convert(
     return {
       source: { path: source.path, kind: source.kind, bytes: storedBytes(source) },
       out: folder.path,
+      device: backend.device,
       type,
       ...(type === "int8" ? {} : { blocksize, doubleQuant }),
       computeDtype: TORCH_NAME[dtype] as ComputeDtype,
@@ -190,6 +197,7 @@ async function convert(
 
 function* jobsOf(
   source: Model,
+  backend: Backend,
   plans: readonly TensorPlan[],
   settings: Settings,
   options: QuantizeOptions,
@@ -197,7 +205,6 @@ function* jobsOf(
   total: number,
   sums: Map<TensorPlan, ErrorSum>,
 ): Generator<Job> {
-  const backend = getBackend(options.device);
   const { signal, onProgress } = options;
   let done = 0;
   for (const plan of plans) {

@@ -1,7 +1,7 @@
 /** `halfbyte compare`. */
 import type { Command } from "commander";
 import { type ComparedTensor, type ComparisonReport, compareModels } from "../checkpoint/compare.js";
-import { jsonOption, threadsOption, useThreads } from "./options.js";
+import { type DeviceOptions, deviceOption, jsonOption, threadsOption, useDevice } from "./options.js";
 import {
   EXIT_FAILURE,
   fields,
@@ -17,8 +17,7 @@ import {
 import { progressBar } from "./progress.js";
 import { interruptible } from "./signals.js";
 
-interface Options {
-  readonly threads?: number;
+interface Options extends DeviceOptions {
   readonly json?: boolean;
 }
 
@@ -29,11 +28,11 @@ export function registerCompare(program: Command): void {
     .argument("<ORIGINAL>", "the model that was quantized: a Hugging Face folder or a .gguf file")
     .argument("<QUANTIZED>", "what became of it")
     .action(run);
-  jsonOption(threadsOption(command));
+  jsonOption(threadsOption(deviceOption(command)));
 }
 
-async function run(original: string, quantized: string, { threads, json = false }: Options): Promise<void> {
-  await useThreads(threads);
+async function run(original: string, quantized: string, { device, threads, json = false }: Options): Promise<void> {
+  await useDevice({ device, threads });
   const bar = progressBar("comparing", json);
   let report: ComparisonReport;
   try {

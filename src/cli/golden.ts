@@ -1,18 +1,15 @@
 /** `halfbyte golden check` and `halfbyte golden write`. */
 import { type Command, Option } from "commander";
-import type { DeviceName } from "../core/backend.js";
+import type { DeviceChoice } from "../backend/devices.js";
 import { checkGolden } from "../golden/check.js";
 import { type GoldenFailure, type GoldenReport, isPassed, type OpTally, totals } from "../golden/report.js";
 import { writeGolden } from "../golden/write.js";
-import { integer, jsonOption } from "./options.js";
+import { deviceOption, integer, jsonOption } from "./options.js";
 import { EXIT_FAILURE, formatBytes, print, printJson } from "./output.js";
 import { interruptible } from "./signals.js";
 
-const DEVICES = ["auto", "cpu", "cuda"] as const satisfies readonly ("auto" | DeviceName)[];
-type Device = (typeof DEVICES)[number];
-
 interface CheckOptions {
-  readonly device: Device;
+  readonly device?: DeviceChoice;
   readonly case?: string;
   readonly json?: boolean;
 }
@@ -31,7 +28,6 @@ export function registerGolden(program: Command): void {
     .command("check")
     .description("run every golden file; exit 1 on a mismatch that is not a proven tie, or when nothing was run")
     .argument("<DIR>", "folder with golden .safetensors files")
-    .addOption(new Option("--device <DEVICE>", "what is checked").choices(DEVICES).default("auto"))
     .option("--case <FILE:INDEX>", "run one case only")
     .action(runCheck);
   const write = golden
@@ -45,7 +41,7 @@ export function registerGolden(program: Command): void {
     )
     .option("--force", "overwrite vectors that come from elsewhere")
     .action(runWrite);
-  jsonOption(check);
+  jsonOption(deviceOption(check));
   jsonOption(write);
 }
 
@@ -76,7 +72,7 @@ function formatOp(op: string, { passed, failed, notRun, ties }: Readonly<OpTally
 }
 
 /** Everything after the table: the gaps, the mismatches, the verdict. */
-function formatFindings(report: GoldenReport, dir: string, device: Device): string {
+function formatFindings(report: GoldenReport, dir: string, device: DeviceChoice | undefined): string {
   const lines: string[] = [];
   for (const { op, cases, reason } of report.notRun) {
     lines.push(`not run: ${op}, ${cases} ${cases === 1 ? "case" : "cases"}: ${reason}`);
@@ -85,7 +81,7 @@ function formatFindings(report: GoldenReport, dir: string, device: Device): stri
   for (const failure of report.failures) {
     const id = `${failure.file}:${failure.case}`;
     if (id !== last) {
-      const option = device === "auto" ? "" : ` --device ${device}`;
+      const option = device === undefined ? "" : ` --device ${device}`;
       lines.push("", `${failure.op} ${id}`);
       lines.push(`  rerun: halfbyte golden check ${shellWord(dir)}${option} --case ${shellWord(id)}`);
       last = id;

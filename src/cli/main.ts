@@ -2,14 +2,15 @@
 /** The `halfbyte` command: exit 0 when it worked, 1 when it failed, 2 when the command line is wrong, 130 on Ctrl-C. */
 import { Command, CommanderError } from "commander";
 import { HalfbyteError } from "../core/errors.js";
+import { VERSION } from "../core/version.js";
 import { registerCompare } from "./compare.js";
 import { registerDoctor } from "./doctor.js";
+import { registerEstimate } from "./estimate.js";
 import { registerGolden } from "./golden.js";
 import { registerInspect } from "./inspect.js";
 import { describeError, EXIT_FAILURE, EXIT_USAGE, printJson } from "./output.js";
 import { registerQuantize } from "./quantize.js";
 import { Interrupted } from "./signals.js";
-import { VERSION } from "./version.js";
 
 /** What commander reports by throwing although nothing is wrong. */
 const HARMLESS = ["commander.helpDisplayed", "commander.version"];
@@ -23,7 +24,14 @@ function createProgram(complaints: string[]): Command {
     .exitOverride()
     // Complaints are collected: with --json they belong into the object on standard output.
     .configureOutput({ writeErr: (text) => void complaints.push(text) });
-  for (const register of [registerQuantize, registerInspect, registerCompare, registerGolden, registerDoctor])
+  for (const register of [
+    registerQuantize,
+    registerInspect,
+    registerCompare,
+    registerEstimate,
+    registerGolden,
+    registerDoctor,
+  ])
     register(program);
   return program;
 }

@@ -1,7 +1,8 @@
 /** Options that several commands share, and how their values are read. */
 import { type Command, InvalidArgumentError, Option } from "commander";
 import { MAX_THREADS } from "../backend/cpu/layout.js";
-import { init } from "../backend/devices.js";
+import { DEVICE_CHOICES, type DeviceChoice, init } from "../backend/devices.js";
+import type { Backend } from "../core/backend.js";
 import { HalfbyteError } from "../core/errors.js";
 
 /** A whole number from `least` to `most`. */
@@ -39,7 +40,23 @@ export function jsonOption(command: Command): Command {
   return command.option("--json", "print one JSON object on standard output and nothing else");
 }
 
-/** Makes the backend with `--threads`, where that is given. */
-export async function useThreads(threads: number | undefined): Promise<void> {
-  if (threads !== undefined) await init({ threads });
+/** Adds `--device`. */
+export function deviceOption(command: Command): Command {
+  const option = new Option("--device <DEVICE>", "where to compute (default: HALFBYTE_DEVICE, else auto)");
+  return command.addOption(option.choices(DEVICE_CHOICES));
+}
+
+/** What `deviceOption` and `threadsOption` give. */
+export interface DeviceOptions {
+  readonly device?: DeviceChoice;
+  /** Of the cpu; nothing to cuda. */
+  readonly threads?: number;
+}
+
+/**
+ * Makes the backend that the options name, which everything then uses by default.
+ * @throws CudaUnavailableError, ArgumentError (HALFBYTE_DEVICE, HALFBYTE_THREADS)
+ */
+export async function useDevice({ device, threads }: DeviceOptions): Promise<Backend> {
+  return init({ device, threads });
 }

@@ -11,18 +11,17 @@ import { type QuantizeReport, quantizeModel } from "../checkpoint/quantize.js";
 import { skipMatcher } from "../formats/bnb-modules.js";
 import { parseSize } from "../formats/safetensors-shards.js";
 import { BLOCKSIZES } from "../quant/types.js";
-import { checked, jsonOption, threadsOption, useThreads } from "./options.js";
+import { checked, type DeviceOptions, deviceOption, jsonOption, threadsOption, useDevice } from "./options.js";
 import { fields, formatBytes, formatCount, formatSeconds, print, printJson } from "./output.js";
 import { progressBar } from "./progress.js";
 import { interruptible } from "./signals.js";
 
-interface Options {
+interface Options extends DeviceOptions {
   readonly type: QuantizeType;
   readonly blocksize?: string;
   readonly doubleQuant?: boolean;
   readonly computeDtype: ComputeDtype;
   readonly skip: readonly string[];
-  readonly threads?: number;
   readonly maxShardSize?: number;
   readonly force?: boolean;
   readonly json?: boolean;
@@ -58,10 +57,10 @@ export function registerQuantize(program: Command): void {
     )
     .option("--force", "replace the model in OUT if there is one")
     .action(run);
-  jsonOption(threadsOption(command));
+  jsonOption(threadsOption(deviceOption(command)));
 }
 
-const collectPattern = (text: string, before: readonly string[]): readonly string[] => [
+export const collectPattern = (text: string, before: readonly string[]): readonly string[] => [
   ...before,
   checked((pattern: string) => {
     skipMatcher([pattern]);
@@ -70,14 +69,14 @@ const collectPattern = (text: string, before: readonly string[]): readonly strin
 ];
 
 async function run(src: string, out: string, options: Options, command: Command): Promise<void> {
-  const { json = false, threads, blocksize, force = false, ...rest } = options;
+  const { json = false, device, threads, blocksize, force = false, ...rest } = options;
   if (options.type === "int8" && (blocksize !== undefined || options.doubleQuant)) {
     const name = blocksize !== undefined ? "--blocksize" : "--double-quant";
     command.error(`error: ${name} is not for --type int8, which has one scale per row`);
   }
   const settings = { ...rest, ...(blocksize === undefined ? {} : { blocksize: Number(blocksize) }) };
   checkSettings(settings);
-  await useThreads(threads);
+  await useDevice({ device, threads });
   const bar = progressBar("quantizing", json);
   let report: QuantizeReport;
   try {
@@ -110,7 +109,7 @@ function summary(report: QuantizeReport, peakMemoryBytes: number): string {
     [
       "took",
       `${formatSeconds(seconds)} (${formatCount(parameters / seconds)} weights/s), ` +
-        `${formatBytes(peakMemoryBytes)} of memory at most`,
+        `${formatBytes(peakMemoryBytes)} of memory at most${report.device === "cpu" ? "" : `, on ${report.device}`}`,
     ],
     ...report.notes.map((note) => ["note", note] as const),
   ]);

@@ -19,8 +19,8 @@ export const KERNELS = {
   convert: { x: "in", y: "out", n: "size", from: "u32", to: "u32" },
   /** One level of the summation tree: y[c] = sum of the 1,024 elements of chunk c, in f64 (x is f32, or f64 partials). */
   sumChunks: { x: "in", y: "out", n: "size", wide: "u32" },
-  /** y[0] = f32(x[0] / n), x an f64. */
-  meanOfSum: { x: "in", y: "out", n: "size" },
+  /** y[0] = f32(the rest of the tree over the f64 x[0..sums) / n); at most SUM_CHUNK^2 sums. */
+  meanOfSums: { x: "in", y: "out", sums: "size", n: "size" },
   /** q[i] = index of the code nearest to (x[i] - offset) / absmax(block). Unit: block. */
   quantizeBlockwise: {
     x: "in",
@@ -89,7 +89,7 @@ export const KERNEL_FAMILY = {
   fill: "memory",
   convert: "convert",
   sumChunks: "sum",
-  meanOfSum: "sum",
+  meanOfSums: "sum",
   quantizeBlockwise: "blockwise",
   dequantizeBlockwise: "blockwise",
   quantize4bit: "fourbit",

@@ -1,5 +1,5 @@
 /** Runs golden files: results of other implementations, compared with what a device computes. Rules: docs/golden.md. */
-import { getBackend } from "../backend/devices.js";
+import { type DeviceChoice, openBackend } from "../backend/devices.js";
 import type { DeviceName } from "../core/backend.js";
 import {
   ArgumentError,
@@ -15,8 +15,8 @@ import { checkerOf } from "./checkers.js";
 import type { GoldenFailure, GoldenReport, OpTally } from "./report.js";
 
 export interface CheckGoldenOptions {
-  /** Default `auto`. */
-  readonly device?: "auto" | DeviceName;
+  /** Default: as `getBackend`. */
+  readonly device?: DeviceChoice | undefined;
   /** Stops between two cases. */
   readonly signal?: AbortSignal;
   /** Only one case: `FILE:INDEX`, the file with or without its extension. */
@@ -43,7 +43,7 @@ interface Outcome {
  *   BackendError, OutOfMemoryError, and the signal's reason
  */
 export async function checkGolden(dir: string, options: CheckGoldenOptions = {}): Promise<GoldenReport> {
-  const { device } = getBackend(options.device);
+  const { device } = await openBackend(options.device);
   const files = await openGoldenFiles(dir);
   try {
     const ops = new Map<string, OpTally>();

@@ -14,7 +14,7 @@ export const blockwisePrimitives = {
   quantizeBlockwise: {
     upstream: "quantize_blockwise",
     family: "blockwise",
-    kernels: ["quantizeBlockwise", "sumChunks", "meanOfSum"],
+    kernels: ["quantizeBlockwise", "sumChunks", "meanOfSums"],
     dtypes: FLOAT_DTYPES,
     golden: "quantize_blockwise",
     summary: "8-bit codes and one scale per block, any sorted 256-entry codebook, optionally nested",

@@ -1,6 +1,5 @@
 /** Making tensors from host data. */
-import { getBackend } from "../backend/devices.js";
-import type { DeviceName } from "../core/backend.js";
+import { type DeviceChoice, getBackend } from "../backend/devices.js";
 import { DTYPES, type DType, isDType } from "../core/dtype.js";
 import { DTypeError, ShapeError } from "../core/errors.js";
 import { formatShape, type Shape, sizeOf } from "../core/shape.js";
@@ -12,8 +11,8 @@ export interface TensorOptions<D extends DType> {
   readonly dtype?: D;
   /** Default: one dimension. */
   readonly shape?: Shape;
-  /** Default `auto`. */
-  readonly device?: "auto" | DeviceName;
+  /** Default: that of the last `init`, else HALFBYTE_DEVICE, else `auto`: cuda where it works, else cpu. */
+  readonly device?: DeviceChoice | undefined;
 }
 
 /**

@@ -14,7 +14,7 @@ export const fourbitPrimitives = {
   quantize4bit: {
     upstream: "quantize_4bit",
     family: "fourbit",
-    kernels: ["quantize4bit", "quantizeBlockwise", "sumChunks", "meanOfSum"],
+    kernels: ["quantize4bit", "quantizeBlockwise", "sumChunks", "meanOfSums"],
     dtypes: FLOAT_DTYPES,
     golden: "quantize_4bit",
     summary: "NF4 or FP4 codes, two to a byte, and one scale per block, optionally nested",

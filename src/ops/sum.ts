@@ -10,7 +10,7 @@ export const sumPrimitives = {
   mean: {
     upstream: "torch.mean",
     family: "sum",
-    kernels: ["sumChunks", "meanOfSum"],
+    kernels: ["sumChunks", "meanOfSums"],
     dtypes: ["f32"],
     golden: { none: "covered by the nested offsets of quantize_4bit_nested" },
     summary: "mean in float64 over a fixed summation tree, rounded once",
@@ -31,16 +31,16 @@ export function mean(x: Tensor): Tensor<"f32"> {
       backend.launch("fill", { dst: result, bytes: 4, value: 0 });
       return result;
     }
-    let partial: Tensor = x;
-    let wide = 0;
-    for (let n = x.size; wide === 0 || n > 1; wide = 1) {
-      const chunks = ceilDiv(n, SUM_CHUNK);
-      const sums = float64(backend, chunks);
-      backend.launch("sumChunks", { x: partial, y: sums, n, wide });
-      partial = sums;
-      n = chunks;
+    let sums: Tensor = x;
+    let count = x.size;
+    for (let wide = 0; wide === 0 || count > SUM_CHUNK ** 2; wide = 1) {
+      const chunks = ceilDiv(count, SUM_CHUNK);
+      const level = float64(backend, chunks);
+      backend.launch("sumChunks", { x: sums, y: level, n: count, wide });
+      sums = level;
+      count = chunks;
     }
-    backend.launch("meanOfSum", { x: partial, y: result, n: x.size });
+    backend.launch("meanOfSums", { x: sums, y: result, sums: count, n: x.size });
     return result;
   });
 }

@@ -1,8 +1,27 @@
-import { dequantizeBlockwise, quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
+import type { Tensor } from "#halfbyte/core/tensor.js";
+import { type CodeSearch, dequantizeBlockwise, quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
 import { createDynamicMap, createFp8Map, createLinearMap, createNormalMap } from "#halfbyte/quant/codebooks.js";
 import { random } from "../helpers/random.js";
 import * as scalar from "../helpers/scalar.js";
-import { type Case, caseId, FLOATS, floats, type Kind, LENGTHS, SHORT_LENGTHS } from "./case.js";
+import {
+  type Case,
+  caseId,
+  EXTREME_SIZES,
+  EXTREMES,
+  FLOATS,
+  floats,
+  framed,
+  framedHost,
+  type Host,
+  hostBytes,
+  type Kind,
+  LENGTHS,
+  oddScales,
+  repeated,
+  SHORT_LENGTHS,
+  TILE_LENGTHS,
+  VIEWS,
+} from "./case.js";
 
 /** 256 sorted values with clusters far finer than the search table's bins: the exact search has to serve. */
 function clustered(): Float32Array<ArrayBuffer> {
@@ -41,7 +60,12 @@ function quantizeCase(
       return { A: code === "unsigned" ? { ...A, values: Float32Array.from(A.values, Math.abs) } : A };
     },
     run: ({ A }) => {
-      const [out, state] = quantizeBlockwise(A!, { code: CODES[code]!(), blocksize, search });
+      const [out, state] = quantizeBlockwise(A!, {
+        code: CODES[code]!(),
+        blocksize,
+        search,
+        allowNonFinite: kind === "nonfinite",
+      });
       return { out, absmax: state.absmax };
     },
     expected: ({ A }) => {
@@ -97,15 +121,106 @@ function dequantizeCase(
   };
 }
 
-function nestedCase(n: number, blocksize: number): Case {
-  const id = caseId("quantizeBlockwise", "dynamic", "f32", `n=${n}`, `bs=${blocksize}`, "nested");
+function oddScalesCase(dtype: (typeof FLOATS)[number]): Case {
+  const id = caseId("dequantizeBlockwise", "dynamic", dtype, "n=2001", "bs=32", "odd-scales");
+  const c = dequantizeCase("dynamic", dtype, 2001, 32, 1);
+  return { ...c, id, inputs: () => ({ ...c.inputs(), absmax: { dtype: "f32", shape: [63], values: oddScales(63) } }) };
+}
+
+/** From a view into views, all in the middle of their allocations. */
+function quantizeViewCase(dtype: (typeof FLOATS)[number], lead: number, blocksize: number, search: CodeSearch): Case {
+  const id = caseId("quantizeBlockwise", "dynamic", dtype, `view=${lead}`, `bs=${blocksize}`, search);
+  const n = 5003;
+  const behind = (lead * 5) % 16;
+  return {
+    id,
+    primitive: "quantizeBlockwise",
+    dtype,
+    lead: { A: lead },
+    inputs: () => ({ A: floats(dtype, n, "edge", id) }),
+    run: ({ A }, backend) => {
+      const out = framed(backend, "u8", [n], behind);
+      const absmax = framed(backend, "f32", [Math.ceil(n / blocksize)], behind % 3);
+      quantizeBlockwise(A!, { blocksize, search, out: out.view, absmax: absmax.view });
+      return { out: out.base, absmax: absmax.base };
+    },
+    expected: ({ A }) => {
+      const { q, absmax } = scalar.quantizeBlockwise(A!.values, createDynamicMap(), blocksize);
+      return {
+        out: framedHost({ dtype: "u8", shape: [n], values: q }, behind),
+        absmax: framedHost({ dtype: "f32", shape: [absmax.length], values: absmax }, behind % 3),
+      };
+    },
+  };
+}
+
+function dequantizeViewCase(dtype: (typeof FLOATS)[number], lead: number, blocksize: number): Case {
+  const id = caseId("dequantizeBlockwise", "dynamic", dtype, `view=${lead}`, `bs=${blocksize}`);
+  const n = 5003;
+  const c = dequantizeCase("dynamic", dtype, n, blocksize, 1);
+  const behind = (lead * 5) % 16;
+  return {
+    ...c,
+    id,
+    lead: { A: lead, absmax: lead % 3 },
+    run: ({ A, absmax }, backend): Record<string, Tensor> => {
+      const { view, base } = framed(backend, dtype, [n], behind);
+      dequantizeBlockwise(A!, undefined, { absmax: absmax!, blocksize, dtype, out: view });
+      return { base };
+    },
+    expected: (inputs): Record<string, Host> => ({ base: framedHost(c.expected(inputs).y!, behind) }),
+  };
+}
+
+/** Twenty million elements that repeat with a period which is a multiple of nothing but the block. */
+function largeCase(dtype: (typeof FLOATS)[number]): Case {
+  const periods = 310;
+  const period = 32 * 2017;
+  const n = periods * period;
+  const id = caseId("quantizeBlockwise", "dynamic", dtype, `n=${n}`, "bs=32", "large");
+  const once = (): Host => floats(dtype, period, "edge", id);
+  const many = ({ dtype: of, values, shape }: Host): Host => {
+    const count = shape[0]! * periods;
+    return {
+      dtype: of,
+      shape: [count],
+      values: [],
+      bytes: repeated(of, hostBytes({ dtype: of, shape, values }), count),
+    };
+  };
+  return {
+    id,
+    primitive: "quantizeBlockwise",
+    dtype,
+    large: true,
+    inputs: () => ({ A: many(once()) }),
+    run: ({ A }): Record<string, Tensor> => {
+      const [out, state] = quantizeBlockwise(A!, { blocksize: 32 });
+      return { out, absmax: state.absmax, y: dequantizeBlockwise(out, state) };
+    },
+    expected: (): Record<string, Host> => {
+      const code = createDynamicMap();
+      const { q, absmax } = scalar.quantizeBlockwise(once().values, code, 32);
+      const y = scalar.dequantizeBlockwise(q, absmax, code, 32, dtype);
+      return {
+        out: many({ dtype: "u8", shape: [period], values: q }),
+        absmax: many({ dtype: "f32", shape: [absmax.length], values: absmax }),
+        y: many({ dtype, shape: [period], values: y }),
+      };
+    },
+  };
+}
+
+function nestedCase(n: number, blocksize: number, kind: Kind = "normal"): Case {
+  const parts = kind === "normal" ? ["nested"] : ["nested", kind];
+  const id = caseId("quantizeBlockwise", "dynamic", "f32", `n=${n}`, `bs=${blocksize}`, ...parts);
   return {
     id,
     primitive: "quantizeBlockwise",
     dtype: "f32",
-    inputs: () => ({ A: floats("f32", n, "normal", id) }),
+    inputs: () => ({ A: floats("f32", n, kind, id) }),
     run: ({ A }) => {
-      const [out, state] = quantizeBlockwise(A!, { blocksize, nested: true });
+      const [out, state] = quantizeBlockwise(A!, { blocksize, nested: true, allowNonFinite: kind === "nonfinite" });
       return {
         out,
         absmax: state.absmax,
@@ -133,7 +248,9 @@ function nestedCase(n: number, blocksize: number): Case {
 
 export function* blockwiseCases(): Generator<Case> {
   for (const dtype of FLOATS) {
-    for (const n of LENGTHS) yield quantizeCase("dynamic", dtype, n, 256, n % 2 ? "edge" : "normal");
+    for (const n of [...LENGTHS, ...TILE_LENGTHS]) {
+      yield quantizeCase("dynamic", dtype, n, 256, n % 2 ? "edge" : "normal");
+    }
     for (const blocksize of [32, 64, 128, 512, 1024, 2048, 4096]) {
       for (const n of SHORT_LENGTHS) yield quantizeCase("dynamic", dtype, n, blocksize, "edge");
     }
@@ -143,9 +260,21 @@ export function* blockwiseCases(): Generator<Case> {
         yield quantizeCase(code, dtype, 4096, 4096, "normal", search);
       }
       yield dequantizeCase(code, dtype, 1000, 64, 1);
+      for (const kind of EXTREMES) {
+        yield quantizeCase(code, dtype, 4097, 64, kind, "exact");
+        for (const [n, blocksize] of EXTREME_SIZES) yield quantizeCase(code, dtype, n, blocksize, kind);
+      }
     }
-    for (const n of LENGTHS) yield dequantizeCase("dynamic", dtype, n, 256, 1);
-    for (const blocksize of [32, 4096]) yield dequantizeCase("dynamic", dtype, 4097, blocksize, 1);
+    for (const n of [...LENGTHS, ...TILE_LENGTHS]) yield dequantizeCase("dynamic", dtype, n, 256, 1);
+    for (const blocksize of [32, 64, 128, 512, 1024, 2048, 4096]) {
+      yield dequantizeCase("dynamic", dtype, 300, blocksize, 1);
+      yield dequantizeCase("dynamic", dtype, 4097, blocksize, 1);
+    }
+    yield oddScalesCase(dtype);
+    for (const [lead, blocksize] of VIEWS) {
+      for (const search of ["auto", "exact"] as const) yield quantizeViewCase(dtype, lead, blocksize, search);
+      yield dequantizeViewCase(dtype, lead, blocksize);
+    }
     for (const scale of [2 ** -20, 2 ** -130, 2 ** 17, 2 ** 127]) yield dequantizeCase("fp8", dtype, 333, 64, scale);
   }
   for (const [n, blocksize] of [
@@ -155,4 +284,6 @@ export function* blockwiseCases(): Generator<Case> {
     [131077, 256],
   ] as const)
     yield nestedCase(n, blocksize);
+  for (const kind of ["edge", ...EXTREMES] as const) yield nestedCase(40001, 64, kind);
+  yield largeCase("f16");
 }

@@ -1,36 +1,105 @@
 /** Running one case on a backend, and saying what differs. */
+import { createHash } from "node:crypto";
 import type { Backend } from "#halfbyte/core/backend.js";
-import { tidy } from "#halfbyte/core/scope.js";
+import { DTYPE_BYTES, type DType } from "#halfbyte/core/dtype.js";
+import { keep, tidy } from "#halfbyte/core/scope.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
-import { type Case, fromHostBytes, type Host, hostBytes } from "./case.js";
+import { type Case, describeElement, type Host, hostBytes } from "./case.js";
+
+/** What a case gave, by name. */
+export interface Output {
+  readonly dtype: DType;
+  readonly shape: readonly number[];
+  readonly bytes: Uint8Array<ArrayBuffer>;
+}
+export type Outputs = Record<string, Output>;
 
 /** Uploads the inputs, runs the case, gives the outputs' bytes back. Leaves no tensor behind. */
-export function runCase(
-  backend: Backend,
-  c: Case,
-  inputs: Record<string, Host>,
-): Record<string, Uint8Array<ArrayBuffer>> {
+export function runCase(backend: Backend, c: Case, inputs: Record<string, Host>): Outputs {
   return tidy(() => {
-    const operands: Record<string, Tensor> = {};
-    for (const [name, host] of Object.entries(inputs)) {
-      const tensor = Tensor.allocate(backend, host.dtype, host.shape);
-      backend.write(tensor.storage, tensor.byteOffset, hostBytes(host));
-      operands[name] = tensor;
-    }
-    return Object.fromEntries(Object.entries(c.run(operands)).map(([name, t]) => [name, t.bytesSync()]));
+    const results = Object.entries(launchCase(backend, c, inputs));
+    return Object.fromEntries(results.map(([name, t]) => [name, { ...about(t), bytes: t.bytesSync() }]));
   });
 }
 
-/** The first mismatch as a line that says what to run again, or undefined. */
-export function compare(c: Case, name: string, expected: Host, actual: Uint8Array<ArrayBuffer>): string | undefined {
-  const want = hostBytes(expected);
-  if (Buffer.compare(want, actual) === 0) return undefined;
-  const a = fromHostBytes(expected.dtype, want);
-  const b = fromHostBytes(expected.dtype, actual);
-  const bad = a.flatMap((v, i) => (Object.is(v, b[i]) ? [] : [i]));
-  const at = bad.reduce(
-    (worst, i) => (Math.abs(a[i]! - b[i]!) > Math.abs(a[worst]! - b[worst]!) ? i : worst),
-    bad[0] ?? 0,
+/** `runCase` that does not block: everything is launched when it returns, and the reads are pending. */
+export async function runCaseAsync(backend: Backend, c: Case, inputs: Record<string, Host>): Promise<Outputs> {
+  const results = tidy(() => keep(Object.entries(launchCase(backend, c, inputs))));
+  const reads = results.map(async ([name, t]) => [name, { ...about(t), bytes: await t.bytes() }] as const);
+  // The memory is given back before the kernels have run, as a program's would be.
+  for (const [, t] of results) t.dispose();
+  return Object.fromEntries(await Promise.all(reads));
+}
+
+function about({ dtype, shape }: Tensor): Pick<Output, "dtype" | "shape"> {
+  return { dtype, shape };
+}
+
+function launchCase(backend: Backend, c: Case, inputs: Record<string, Host>): Record<string, Tensor> {
+  const operands: Record<string, Tensor> = {};
+  for (const [name, host] of Object.entries(inputs)) operands[name] = upload(backend, host, c.lead?.[name] ?? 0);
+  return c.run(operands, backend);
+}
+
+function upload(backend: Backend, host: Host, lead: number): Tensor {
+  const { dtype, shape } = host;
+  const n = shape.reduce((a, b) => a * b, 1);
+  const all = Tensor.allocate(backend, dtype, lead === 0 ? shape : [lead + n]);
+  const tensor = lead === 0 ? all : all.slice(lead, lead + n).reshape(shape);
+  backend.write(tensor.storage, tensor.byteOffset, hostBytes(host));
+  return tensor;
+}
+
+/** 16 hex digits that stand for the names, dtypes, shapes and bits of what a case gave. */
+export function outputsHash(outputs: Outputs): string {
+  const hash = createHash("sha256");
+  for (const [name, { dtype, shape, bytes }] of Object.entries(outputs).sort(([a], [b]) => (a < b ? -1 : 1))) {
+    hash.update(`${name} ${dtype} [${shape}]\n`).update(bytes);
+  }
+  return hash.digest("hex").slice(0, 16);
+}
+
+/** What two machines, or a machine and the reference, disagree about: one paragraph, or undefined. */
+export function compareOutputs(c: Case, expected: Outputs, actual: Outputs, rerun = rerunLine(c)): string | undefined {
+  const problems: string[] = [];
+  for (const name of new Set([...Object.keys(expected), ...Object.keys(actual)])) {
+    const [want, got] = [expected[name], actual[name]];
+    const problem = !want || !got ? `${want ? "missing" : "not expected"}` : difference(want, got);
+    if (problem) problems.push(`  ${name}: ${problem}`);
+  }
+  return problems.length === 0 ? undefined : [c.id, ...problems, `  ${rerun}`].join("\n");
+}
+
+export function rerunLine(c: Case): string {
+  return `HALFBYTE_CASE='${c.id}' npx vitest run test/ops`;
+}
+
+/** The outputs of the scalar reference. */
+export function expectedOutputs(c: Case, inputs: Record<string, Host>): Outputs {
+  return Object.fromEntries(
+    Object.entries(c.expected(inputs)).map(([name, h]) => [
+      name,
+      { dtype: h.dtype, shape: h.shape, bytes: hostBytes(h) },
+    ]),
   );
-  return `${name}: ${bad.length} of ${a.length} differ (got ${b.length}), worst [${at}] expected ${a[at]} got ${b[at]}\n  HALFBYTE_CASE='${c.id}' npx vitest run test/ops`;
+}
+
+function difference(want: Output, got: Output): string | undefined {
+  if (want.dtype !== got.dtype) return `expected ${want.dtype}, got ${got.dtype}`;
+  if (`${want.shape}` !== `${got.shape}`) return `expected shape [${want.shape}], got [${got.shape}]`;
+  if (Buffer.compare(want.bytes, got.bytes) === 0) return undefined;
+  const size = DTYPE_BYTES[want.dtype];
+  const differing: number[] = [];
+  let count = 0;
+  const n = Math.max(want.bytes.length, got.bytes.length) / size;
+  for (let i = 0; i < n; i++) {
+    let same = true;
+    for (let k = i * size; k < (i + 1) * size; k++) same &&= want.bytes[k] === got.bytes[k];
+    if (!same && count++ < 3) differing.push(i);
+  }
+  const shown = differing.map((i) => {
+    const [a, b] = [want, got].map((o) => describeElement(o.dtype, o.bytes, i));
+    return `[${i}] expected ${a} got ${b}`;
+  });
+  return `${count} of ${n} differ: ${shown.join("; ")}${count > differing.length ? "; ..." : ""}`;
 }

@@ -2,7 +2,7 @@ import { readFileSync } from "node:fs";
 import { describe, expect, it } from "vitest";
 import { halfbyte, parseOnly } from "../helpers/cli.js";
 
-const COMMANDS = ["quantize", "inspect", "compare", "golden", "doctor"];
+const COMMANDS = ["quantize", "inspect", "compare", "estimate", "golden", "doctor"];
 
 describe("the command line", () => {
   it("--version prints the version of package.json", async () => {

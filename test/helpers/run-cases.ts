@@ -1,20 +1,19 @@
 /** Runs the case list of a family on every backend: bits against the scalar reference, guards, leaks. */
 
 import { afterAll, beforeAll, describe, expect, test } from "vitest";
-import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { liveTensors } from "#halfbyte/core/tensor.js";
 import { CASES } from "../cases/index.js";
-import { compare, runCase } from "../cases/run.js";
-import { DEVICES } from "./backends.js";
+import { compareOutputs, expectedOutputs, runCase } from "../cases/run.js";
+import { DEVICES, type GuardedBackend, makeBackend } from "./backends.js";
 
 export function runCases(family: string): void {
   const only = process.env.HALFBYTE_CASE;
   const cases = [...CASES[family]!()].filter((c) => !only || c.id === only);
   for (const { device, missing } of DEVICES) {
     describe.skipIf(missing)(`${family} on ${device}${missing ? ` (skipped: ${missing})` : ""}`, () => {
-      let backend: CpuBackend;
+      let backend: GuardedBackend;
       beforeAll(() => {
-        backend = new CpuBackend({ threads: 2, guards: true });
+        backend = makeBackend(device);
       });
       afterAll(async () => {
         backend?.checkGuards();
@@ -28,13 +27,8 @@ export function runCases(family: string): void {
           const failures: string[] = [];
           for (const c of own) {
             const inputs = c.inputs();
-            const expected = c.expected(inputs);
-            const actual = runCase(backend, c, inputs);
-            expect(Object.keys(actual).sort(), c.id).toEqual(Object.keys(expected).sort());
-            for (const [name, host] of Object.entries(expected)) {
-              const failure = compare(c, name, host, actual[name]!);
-              if (failure) failures.push(failure);
-            }
+            const failure = compareOutputs(c, expectedOutputs(c, inputs), runCase(backend, c, inputs));
+            if (failure) failures.push(failure);
             expect(liveTensors(backend), `tensors left by ${c.id}`).toBe(0);
           }
           expect(failures.slice(0, 5).join("\n"), `${failures.length} mismatches`).toBe("");

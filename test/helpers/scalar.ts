@@ -2,7 +2,7 @@
  * The primitives once more, as plain scalar JavaScript straight from docs/numerics.md: slow, obvious, and written without a
  * look at asm/. What the kernels give is held against this bit for bit.
  */
-import type { FloatDType } from "#halfbyte/core/dtype.js";
+import type { DType, FloatDType } from "#halfbyte/core/dtype.js";
 
 const f32 = Math.fround;
 const word = new DataView(new ArrayBuffer(4));
@@ -63,6 +63,21 @@ export function decode(dtype: FloatDType, bits: number): number {
   return exponent === 0 ? sign * mantissa * 2 ** -24 : sign * (1024 + mantissa) * 2 ** (exponent - 25);
 }
 
+/** The value that `x` of dtype `from` has as `to`: by way of f32, except between integers. */
+export function convert(from: DType, to: DType, x: number): number {
+  if (to === "f32" || to === "f16" || to === "bf16") return round(to, f32(x));
+  const [low, high] = INTEGERS[to];
+  const v = from === "i32" || from === "i8" || from === "u8" ? x : f32(x);
+  return Number.isNaN(v) ? 0 : Math.max(low, Math.min(high, Math.trunc(v))) + 0;
+}
+
+/** The least and the greatest value of each integer dtype. */
+export const INTEGERS = {
+  i8: [-128, 127],
+  u8: [0, 255],
+  i32: [-(2 ** 31), 2 ** 31 - 1],
+} as const satisfies Partial<Record<DType, readonly [number, number]>>;
+
 function flush(x: number): number {
   return Math.abs(x) < TINY ? (Object.is(x, -0) || x < 0 ? -0 : 0) : x;
 }
@@ -74,8 +89,9 @@ export function absmaxOf(x: ArrayLike<number>, begin: number, end: number): numb
   return flush(max);
 }
 
-/** Index of the code nearest to s: ties to the even index, first duplicate for zero, last for tiny positives. */
+/** Index of the code nearest to s: ties to the even index, first duplicate for zero, last for tiny positives; NaN gives 0. */
 export function searchCode(code: Float32Array, s: number): number {
+  if (Number.isNaN(s)) return 0;
   let hi = 0;
   while (hi < code.length && !(code[hi]! >= s)) hi++;
   if (hi === code.length) return code.length - 1;
@@ -176,28 +192,34 @@ export function int8VectorwiseQuant(x: ArrayLike<number>, rows: number, cols: nu
   const scale = new Float32Array(rows);
   for (let r = 0; r < rows; r++) {
     let max = 0;
-    for (let c = 0; c < cols; c++) max = Math.max(max, Math.abs(x[r * cols + c]!));
+    for (let c = 0; c < cols; c++) if (Math.abs(x[r * cols + c]!) > max) max = Math.abs(x[r * cols + c]!);
     scale[r] = max;
     const up = max < 1e-30 ? 2 ** 64 : 1;
     const inverse = f32(127 * f32(1 / (max * up)));
-    for (let c = 0; c < cols; c++) q[r * cols + c] = max === 0 ? 0 : rint(f32(x[r * cols + c]! * up * inverse));
+    for (let c = 0; c < cols; c++) {
+      const v = f32(x[r * cols + c]! * up * inverse);
+      q[r * cols + c] = max === 0 || Number.isNaN(v) ? 0 : rint(v);
+    }
   }
   return { q, scale };
 }
 
-/** The summation tree of docs/architecture.md, then one division and one rounding. */
+/** One level of the summation tree of docs/architecture.md. */
+export function chunkSums(values: ArrayLike<number>): number[] {
+  const sums: number[] = [];
+  for (let begin = 0; begin < values.length; begin += 1024) {
+    const lanes = new Array<number>(32).fill(0);
+    for (let i = begin; i < Math.min(values.length, begin + 1024); i++) lanes[(i - begin) % 32]! += values[i]!;
+    for (let h = 16; h >= 1; h >>= 1) for (let i = 0; i < h; i++) lanes[i]! += lanes[i + h]!;
+    sums.push(lanes[0]!);
+  }
+  return sums;
+}
+
+/** The summation tree, then one division and one rounding. */
 export function mean(x: ArrayLike<number>): number {
   if (x.length === 0) return 0;
-  let level = Array.from(x);
-  do {
-    const sums: number[] = [];
-    for (let begin = 0; begin < level.length; begin += 1024) {
-      const lanes = new Array<number>(32).fill(0);
-      for (let i = begin; i < Math.min(level.length, begin + 1024); i++) lanes[(i - begin) % 32]! += level[i]!;
-      for (let h = 16; h >= 1; h >>= 1) for (let i = 0; i < h; i++) lanes[i]! += lanes[i + h]!;
-      sums.push(lanes[0]!);
-    }
-    level = sums;
-  } while (level.length > 1);
+  let level = chunkSums(x);
+  while (level.length > 1) level = chunkSums(level);
   return f32(level[0]! / x.length);
 }

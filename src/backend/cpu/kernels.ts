@@ -26,7 +26,7 @@ export const CPU_KERNELS: { readonly [K in KernelName]: Partition<K> } = {
   fill: { units: (o) => o.bytes, per: () => PART_BYTES },
   convert: { units: (o) => o.n, per: () => PART_ELEMENTS },
   sumChunks: { units: (o) => ceilDiv(o.n, SUM_CHUNK), per: () => PART_ELEMENTS / SUM_CHUNK },
-  meanOfSum: { units: () => 1, per: () => 1 },
+  meanOfSums: { units: () => 1, per: () => 1 },
   quantizeBlockwise: { units: blocks, per: blocksPer },
   dequantizeBlockwise: { units: blocks, per: blocksPer },
   quantize4bit: { units: blocks, per: blocksPer },

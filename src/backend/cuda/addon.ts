@@ -2,10 +2,11 @@
  * What the native addon offers: the CUDA driver API, call by call, with nothing of our own in it but safety. Every function
  * returns a status and never throws: 0 is success, a positive number is the driver's CUresult, a negative one is of the
  * binding itself (`BINDING`). Numbers that a call yields are in `results` until the next call. Handles are small numbers
- * that the addon checks; device addresses are plain numbers (below 2^53). Main thread only.
+ * that the addon checks, as it checks that an address range lies inside one live allocation; device addresses are plain
+ * numbers (below 2^53). Main thread only.
  */
 
-/** Statuses of the binding itself. The addon's C++ has the same numbers in csrc/addon/status.h. */
+/** Statuses of the binding itself. The addon's C++ gets them generated from here. */
 export const BINDING = {
   /** An argument has the wrong type or range. */
   badArgument: -1,
@@ -19,7 +20,7 @@ export const BINDING = {
   missingSymbol: -5,
   /** Host memory is exhausted. */
   outOfHostMemory: -6,
-  /** Called before `open` or after `close`. */
+  /** Called before `open`. */
   closed: -7,
 } as const;
 
@@ -35,7 +36,7 @@ export interface CudaAddon {
   /** What the next `launch` launches: COMMAND_WORDS as u32, then up to 4,096 bytes of operands. One buffer for ever. */
   readonly command: ArrayBuffer;
 
-  /** Opens the driver library (`path`, or "libcuda.so.1") and finds every function. Once per process. */
+  /** Opens the driver library (`path`, or "libcuda.so.1") and finds every function. Once per process: the same path again is fine. */
   open(path?: string): Status;
   /** More words about the last failure: the loader's, a missing symbol's name, the JIT compiler's log. "" if none. */
   detail(): string;
@@ -53,7 +54,10 @@ export interface CudaAddon {
   deviceIdentity(device: number, identity: { name?: string; uuid?: string }): Status;
   /** Retains the device's primary context and makes it current. At most one device at a time. */
   retainContext(device: number): Status;
-  /** Ends the completion thread, destroys what handles stand for and releases the context. Safe after a device fault. */
+  /**
+   * Ends the completion thread after the event it waits for, destroys what handles stand for, frees what is allocated and
+   * releases the context; of watched events nothing more is heard. Safe after a device fault, and without a context.
+   */
   releaseContext(): Status;
 
   /** results[0], [1]: free and total bytes as the driver sees them. */
@@ -77,6 +81,7 @@ export interface CudaAddon {
   streamQuery(stream: number): Status;
   /** results[0]: a handle. Waiting for one blocks without spinning; `timing` makes `eventElapsed` possible. */
   eventCreate(timing: boolean): Status;
+  /** An event that is watched is destroyed when its last watch is over; its handle ends at once. */
   eventDestroy(event: number): Status;
   eventRecord(event: number, stream: number): Status;
   eventQuery(event: number): Status;
@@ -87,12 +92,18 @@ export interface CudaAddon {
 
   /** `completed(token, status)` is called on the event loop when the event is over, from now on for every `watch`. */
   onCompleted(completed: (token: number, status: Status) => void): Status;
-  /** Waits for an event on the addon's own thread, in the order of calls. A device fault completes it with its status. */
+  /**
+   * Waits for an event on the addon's own thread, in the order of calls; `token` is an integer from 0. A device fault
+   * completes it with its status. `process.exit` waits for the event that is being waited for.
+   */
   watch(event: number, token: number): Status;
   /** Whether watched events keep the process alive. Not at first. */
   hold(alive: boolean): Status;
 
-  /** Loads a cubin, or PTX that the driver compiles. results[0]: a handle. `detail()` has the compiler's log after a failure. */
+  /**
+   * Loads a cubin, or PTX that the driver compiles. results[0]: a handle. `detail()` has the compiler's log after a failure.
+   * What is neither a whole ELF file nor ASCII is CUDA_ERROR_INVALID_IMAGE (200) without asking the driver.
+   */
   moduleLoad(image: Uint8Array): Status;
   moduleUnload(module: number): Status;
   /** results[0]: a handle of a kernel, valid as long as its module. */

@@ -3,7 +3,7 @@
  * and addresses alone decide, so results do not depend on the GPU. Entry names are `kernel_variant...`; the kernels are in
  * csrc/kernels/FAMILY.cu.
  */
-import { DTYPES } from "../../core/dtype.js";
+import { DTYPE_BYTES, DTYPES } from "../../core/dtype.js";
 import { type KernelName, type Operands, QUANT_TYPE_ID, SUM_CHUNK } from "../../core/kernels.js";
 import { ceilDiv } from "../../core/shape.js";
 
@@ -15,35 +15,42 @@ export interface Launch {
   readonly block: number;
   /** Bytes of dynamic shared memory. */
   readonly shared: number;
-}
-
-/** What geometry may depend on. */
-export interface LaunchDevice {
-  readonly multiprocessors: number;
+  /** The blocks walk over the work of the whole grid: no more of them are launched than run at once. */
+  readonly walks: boolean;
 }
 
 /** `undefined`: nothing to do. `"driver"`: the driver's own copy or fill serves. */
-export type Plan<K extends KernelName> = (o: Operands<K>, device: LaunchDevice) => Launch | "driver" | undefined;
+export type Plan<K extends KernelName> = (o: Operands<K>) => Launch | "driver" | undefined;
 
-const launch = (entry: string, grid: number, block: number, shared = 0): Launch | undefined =>
-  grid === 0 ? undefined : { entry, grid, block, shared };
+const launch = (entry: string, grid: number, block: number, walks = false): Launch | undefined =>
+  grid === 0 ? undefined : { entry, grid, block, shared: 0, walks };
 
 const dtypeName = (o: { dtype: number }): string => DTYPES[o.dtype]!;
+const fourbitName = (o: { quantType: number }): string => (o.quantType === QUANT_TYPE_ID.nf4 ? "nf4" : "fp4");
+
+/** A thread of the blockwise and 4-bit kernels takes this many bytes of the floating-point operand: four vectors of 16. */
+const THREAD_BYTES = 64;
+const blocksOf = (o: { n: number; dtype: number }, threads: number): number =>
+  ceilDiv(o.n, (threads * THREAD_BYTES) / DTYPE_BYTES[DTYPES[o.dtype]!]);
+
+/** Rows of up to this many elements get a warp each, longer ones a block of threads. */
+const SHORT_ROW = 1024;
+function rows(entry: string, o: { rows: number; cols: number; dtype: number }): Launch | undefined {
+  const name = `${entry}_${dtypeName(o)}`;
+  return o.cols > SHORT_ROW ? launch(`${name}_block`, o.rows, 256) : launch(`${name}_warp`, ceilDiv(o.rows, 8), 256);
+}
 
 export const CUDA_KERNELS: { readonly [K in KernelName]: Plan<K> } = {
   copy: (o) => (o.bytes === 0 ? undefined : "driver"),
   fill: (o) => (o.bytes === 0 ? undefined : "driver"),
   convert: (o) => launch("convert", ceilDiv(o.n, 2048), 256),
   sumChunks: (o) => launch("sumChunks", ceilDiv(ceilDiv(o.n, SUM_CHUNK), 8), 256),
-  meanOfSum: () => launch("meanOfSum", 1, 32),
-  quantizeBlockwise: (o) => launch(`quantizeBlockwise_${dtypeName(o)}`, ceilDiv(o.n, 4096), 256),
-  dequantizeBlockwise: (o) => launch(`dequantizeBlockwise_${dtypeName(o)}`, ceilDiv(o.n, 4096), 256),
-  quantize4bit: (o) => launch(`quantize4bit_${dtypeName(o)}_${fourbitName(o)}`, ceilDiv(o.n, 4096), 256),
-  dequantize4bit: (o) => launch(`dequantize4bit_${dtypeName(o)}_${fourbitName(o)}`, ceilDiv(o.n, 4096), 256),
-  int8VectorwiseQuant: (o) => launch(`int8VectorwiseQuant_${dtypeName(o)}`, o.rows, 256),
-  int8VectorwiseDequant: (o) => launch(`int8VectorwiseDequant_${dtypeName(o)}`, o.rows, 256),
+  meanOfSums: () => launch("meanOfSums", 1, 1024),
+  quantizeBlockwise: (o) =>
+    launch(`quantizeBlockwise_${dtypeName(o)}${o.offset ? "_offset" : ""}`, blocksOf(o, 512), 512, true),
+  dequantizeBlockwise: (o) => launch(`dequantizeBlockwise_${dtypeName(o)}`, blocksOf(o, 256), 256),
+  quantize4bit: (o) => launch(`quantize4bit_${dtypeName(o)}_${fourbitName(o)}`, blocksOf(o, 256), 256),
+  dequantize4bit: (o) => launch(`dequantize4bit_${dtypeName(o)}_${fourbitName(o)}`, blocksOf(o, 256), 256),
+  int8VectorwiseQuant: (o) => rows("int8VectorwiseQuant", o),
+  int8VectorwiseDequant: (o) => rows("int8VectorwiseDequant", o),
 };
-
-function fourbitName(o: { quantType: number }): string {
-  return o.quantType === QUANT_TYPE_ID.nf4 ? "nf4" : "fp4";
-}

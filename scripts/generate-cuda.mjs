@@ -1,0 +1,114 @@
+/** What csrc/kernels includes from csrc/kernels/generated: operand structs and constants, from the sources in dist. */
+import { cudaLayout } from "../dist/backend/cuda/layout.js";
+import { DTYPE_ID } from "../dist/core/dtype.js";
+import { KERNEL_NAMES, KERNELS, QUANT_TYPE_ID, SUM_CHUNK, SUM_LANES } from "../dist/core/kernels.js";
+import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
+import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
+
+const C_TYPE = { in: "const void*", out: "void*", size: "unsigned long long", u32: "unsigned", f32: "float" };
+
+// NVRTC has no offsetof; nvcc checks the same header.
+const OFFSET_IS = [
+  "#ifdef __CUDACC_RTC__",
+  '#define OFFSET_IS(type, field, at) static_assert(true, "")',
+  "#else",
+  '#define OFFSET_IS(type, field, at) static_assert(__builtin_offsetof(type, field) == at, "")',
+  "#endif",
+].join("\n");
+
+export function cudaOperands() {
+  const structs = KERNEL_NAMES.map((kernel) => {
+    const { offsets, fault, bytes } = cudaLayout(kernel);
+    const name = kernel[0].toUpperCase() + kernel.slice(1);
+    const fields = Object.entries(KERNELS[kernel]).map(([field, type]) => [field, C_TYPE[type], offsets[field]]);
+    if (fault) {
+      fields.push(["faultWord", "unsigned long long*", fault.word], ["faultKey", "unsigned", fault.key]);
+    }
+    const checks = fields.map(([field, , at]) => `OFFSET_IS(${name}, ${field}, ${at});`);
+    return [
+      `struct ${name} {`,
+      ...fields.map(([field, type]) => `  ${type} ${field};`),
+      "};",
+      ...checks,
+      `static_assert(sizeof(${name}) == ${bytes}, "");`,
+    ].join("\n");
+  });
+  return `#pragma once\n\n${OFFSET_IS}\n\n${structs.join("\n\n")}\n`;
+}
+
+/** A float32 in C that is read back exactly. */
+function float(value) {
+  const text = Object.is(value, -0) ? "-0.0" : String(value);
+  return `${/[.e]/.test(text) ? text : `${text}.0`}f`;
+}
+
+const array = (type, name, values) => `__constant__ const ${type} ${name}[${values.length}] = {${values.join(", ")}};`;
+const u32 = (name, value) => `constexpr unsigned ${name} = ${value};`;
+
+/**
+ * A scaled value's bin is floor(rint(4 * (s * scale + shift)) / 4), 0 to 31, so that no bin holds more than one threshold:
+ * adding 2^21 in float32 leaves that sum, in quarters, in the low bits.
+ */
+const KEYS = { NF4: { scale: 15, shift: 16 }, FP4: { scale: 31, shift: 0 } };
+
+function rint(x) {
+  const floor = Math.floor(x);
+  const rest = x - floor;
+  return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;
+}
+
+/** What the excess over a threshold is multiplied by, then saturated, to give 0 or 1: the least excess makes more than 1. */
+const EXCESS = 2 ** 40;
+
+/** By bin: its threshold (2, which nothing scaled exceeds, where there is none) times -EXCESS, and how many thresholds lie below the bin. */
+function bins(name, thresholds) {
+  const { scale, shift } = KEYS[name];
+  const keys = Array.from(thresholds, (t) => Math.floor(rint(4 * (t * scale + shift)) / 4));
+  if (new Set(keys).size !== keys.length || keys.some((k) => k < 0 || k > 31)) throw new Error(`${name}: bins`);
+  const all = Array.from({ length: 32 }, (_, bin) => bin);
+  return [
+    `constexpr float ${name}_KEY_SCALE = ${float(scale)};`,
+    `constexpr float ${name}_KEY_SHIFT = ${float(shift)};`,
+    array(
+      "float",
+      `${name}_BIN_THRESHOLD`,
+      all.map((bin) => float(-EXCESS * (keys.includes(bin) ? thresholds[keys.indexOf(bin)] : 2))),
+    ),
+    array(
+      "float",
+      `${name}_BIN_RANK`,
+      all.map((bin) => float(keys.filter((k) => k < bin).length)),
+    ),
+  ];
+}
+
+export function cudaConstants() {
+  const lines = [
+    "#pragma once",
+    "",
+    "// Element types",
+    ...Object.entries(DTYPE_ID).map(([dtype, id]) => u32(`DTYPE_${dtype.toUpperCase()}`, id)),
+    "",
+    "// 4-bit types",
+    ...Object.entries(QUANT_TYPE_ID).map(([type, id]) => u32(`QUANT_${type.toUpperCase()}`, id)),
+    array("float", "NF4_VALUES", Array.from(NF4_VALUES, float)),
+    array("float", "NF4_THRESHOLDS", Array.from(NF4_THRESHOLDS, float)),
+    u32("NF4_PAD", NF4_VALUES.indexOf(0)),
+    array("float", "FP4_VALUES", Array.from(FP4_VALUES, float)),
+    array("float", "FP4_THRESHOLDS", Array.from(FP4_THRESHOLDS, float)),
+    `constexpr unsigned FP4_RANKS[8] = {${FP4_RANKS.join(", ")}};`,
+    u32("FP4_PAD", FP4_RANKS[0]),
+    `constexpr float BIN_EXCESS = ${float(EXCESS)};`,
+    ...bins("NF4", NF4_THRESHOLDS),
+    ...bins("FP4", FP4_THRESHOLDS),
+    "",
+    "// 8-bit search, src/quant/search-table.ts",
+    u32("SEARCH_SHIFT", SEARCH_SHIFT),
+    u32("SEARCH_HEADER", SEARCH_HEADER),
+    "",
+    "// Summation tree",
+    u32("SUM_CHUNK", SUM_CHUNK),
+    u32("SUM_LANES", SUM_LANES),
+  ];
+  return lines.join("\n") + "\n";
+}

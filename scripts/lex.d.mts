@@ -1,0 +1,1 @@
+export function tokens(text: string, language: "cpp" | "ts"): string[];

@@ -1,0 +1,259 @@
+// The whole case list on the GPU against the cpu, bit for bit, then the bad days (test/cuda), then test/cuda-record.json.
+//
+//   npm run test:cuda [-- OPTIONS], or node scripts/test-cuda.mjs --no-build where there is no compiler
+//     --no-build       what `npm run build` and `tsc -p tsconfig.record.json` make is there
+//     --filter TEXT    only the cases whose id contains it; nothing is recorded
+//     --cases          only the cases; nothing is recorded
+//     --bad-days       only the bad days; nothing is recorded
+//     --sanitize       also compute-sanitizer: memcheck, racecheck, initcheck
+//     --rehearse       a cpu in the GPU's place, for the sake of these programs; nothing is recorded
+//
+// Nothing stops at the first failure. After a failure the record stays as it is, build/cuda/record.failed.json has what there
+// was, and the exit code is 1.
+import { spawn, spawnSync } from "node:child_process";
+import { existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
+import { basename, delimiter, join, resolve } from "node:path";
+import { parseArgs } from "node:util";
+
+const root = resolve(import.meta.dirname, "..");
+const { values: options } = parseArgs({
+  options: {
+    "no-build": { type: "boolean", default: false },
+    filter: { type: "string", default: "" },
+    cases: { type: "boolean", default: false },
+    "bad-days": { type: "boolean", default: false },
+    sanitize: { type: "boolean", default: false },
+    rehearse: { type: "boolean", default: false },
+  },
+});
+const CASES = "build/test/cuda-cases.js";
+const SANITIZE = "build/test/cuda-sanitize.js";
+/** A case may take this long before its process is taken for hung. */
+const PATIENCE_MS = 120_000;
+/** Processes that may end before their last case; a GPU that fails more often than that is not worth more time. */
+const MOST_DEATHS = 40;
+/** Failures that are printed. */
+const SHOWN = 12;
+
+process.chdir(root);
+if (!options["no-build"]) {
+  for (const command of ["npm run --silent build", "npx tsc -p tsconfig.record.json"]) {
+    if (spawnSync(command, { shell: true, stdio: "inherit" }).status !== 0) process.exit(1);
+  }
+}
+const folder = join(root, "build", "cuda");
+rmSync(folder, { recursive: true, force: true });
+mkdirSync(folder, { recursive: true });
+const { groupCases, readRecord, recordPath, writeRecord } = await import("../build/test/helpers/cuda-record.js");
+const { kernelFingerprint } = await import("./kernel-sources.mjs");
+const { cudaMissing } = await import("../dist/backend/devices.js");
+
+const missing = options.rehearse ? undefined : cudaMissing();
+if (missing) {
+  console.error(`test:cuda needs a GPU: ${missing}`);
+  process.exit(1);
+}
+const began = Date.now();
+const seconds = (since) => ((Date.now() - since) / 1000).toFixed(1);
+const failures = [];
+const skipped = [];
+function fail(text) {
+  failures.push(text);
+  if (failures.length <= SHOWN) console.log(`FAILED ${text}\n`);
+  else if (failures.length === SHOWN + 1)
+    console.log("... more failures: build/cuda/record.failed.json has them all\n");
+}
+
+/** Runs a program and gives its status, output and whether it had to be killed; `alive()` says when it last did something. */
+function run(command, args, { env = {}, quiet = true, patience = PATIENCE_MS } = {}) {
+  return new Promise((done) => {
+    const child = spawn(command, args, { env: { ...process.env, ...env }, stdio: ["ignore", "pipe", "pipe"] });
+    let output = "";
+    let seen = Date.now();
+    let hung = false;
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding("utf8").on("data", (text) => {
+        output = (output + text).slice(-200_000);
+        if (!quiet) process.stdout.write(text);
+        seen = Date.now();
+      });
+    }
+    const watch = setInterval(() => {
+      if (Date.now() - seen < patience) return;
+      hung = true;
+      child.kill("SIGKILL");
+    }, 1000);
+    child.on("error", (error) => {
+      output += String(error);
+    });
+    child.on("close", (code, signal) => {
+      clearInterval(watch);
+      done({ code, how: hung ? `nothing for ${patience / 1000} s` : (signal ?? `exit code ${code}`), output });
+    });
+  });
+}
+
+/** All cases in processes that replace each other when the device fails. Hashes by id, and what the GPU is. */
+async function runCases(how) {
+  const started = Date.now();
+  const hashes = new Map();
+  const before = failures.length;
+  let about;
+  let images = [];
+  let from = 0;
+  for (let round = 0; ; round++) {
+    const file = join(folder, `cases-${how ? "pipelined" : "alone"}-${round}.jsonl`);
+    const args = [CASES, "--out", file, "--from", String(from), "--filter", options.filter];
+    // Progress is in the file, so the program prints nothing while all is well: patience covers all of it.
+    const flags = [...(how ? [how] : []), ...(options.rehearse ? ["--rehearse"] : [])];
+    const { code, how: end, output } = await run(process.execPath, [...args, ...flags], { patience: 2 * PATIENCE_MS });
+    const lines = existsSync(file)
+      ? readFileSync(file, "utf8")
+          .split("\n")
+          .slice(0, -1)
+          .map((line) => JSON.parse(line))
+      : [];
+    let open = [];
+    let ended = false;
+    for (const line of lines) {
+      if (line.about) about = line.about;
+      else if (line.ids) {
+        open = line.ids;
+        from = line.at + line.ids.length;
+      } else if (line.end) {
+        ended = true;
+        images = line.images;
+      } else {
+        open = open.filter((id) => id !== line.id);
+        if (line.failure) fail(line.failure);
+        else hashes.set(line.id, line.hash);
+      }
+    }
+    if (ended) {
+      if (code !== 0) fail(`${CASES} ${flags.join(" ")}: ${end} after the last case\n${tail(output)}`);
+      break;
+    }
+    if (open.length > 0) {
+      const again = open.map((id) => `  node ${CASES} ${flags.join(" ")} --case '${id}'`);
+      fail(`the process ended (${end}) with ${open.length} cases under way\n${again.join("\n")}\n${tail(output)}`);
+    }
+    if (open.length === 0 && code !== 3) fail(`${CASES} ${flags.join(" ")}: ${end}\n${tail(output)}`);
+    if (lines.length < 2 || round === MOST_DEATHS) {
+      fail(`${CASES}: given up after ${round + 1} processes at case ${from}\n${tail(output)}`);
+      break;
+    }
+  }
+  const count = hashes.size + failures.length - before;
+  console.log(
+    `${count} cases${how ? `, ${how.slice(2)}` : ""}: ${failures.length - before} failures (${seconds(started)} s)`,
+  );
+  return { hashes, about, images };
+}
+
+const tail = (text) => text.trimEnd().split("\n").slice(-15).join("\n");
+
+/** The tests of test/cuda, one file after the other. How each ended, by file and name. */
+async function runBadDays() {
+  const started = Date.now();
+  const file = join(folder, "bad-days.json");
+  const { how, output } = await run(
+    process.execPath,
+    [
+      "node_modules/vitest/vitest.mjs",
+      ...["run", "test/cuda/", "--no-file-parallelism", "--reporter=json", `--outputFile.json=${file}`],
+    ],
+    { env: { HALFBYTE_TEST_CUDA: "1" }, patience: 5 * PATIENCE_MS },
+  );
+  if (!existsSync(file)) {
+    fail(`vitest run test/cuda: ${how}\n${tail(output)}`);
+    return {};
+  }
+  const tests = {};
+  let passed = 0;
+  for (const { name, status, message, assertionResults } of JSON.parse(readFileSync(file, "utf8")).testResults) {
+    const own = {};
+    for (const { fullName, title, status: result, failureMessages, duration } of assertionResults) {
+      own[title] = result;
+      if (result === "passed") passed++;
+      else if (result !== "failed") skipped.push(`${basename(name)}: ${title}`);
+      else {
+        const words = failureMessages.join("\n").split("\n").slice(0, 25).join("\n");
+        const again = `HALFBYTE_TEST_CUDA=1 npx vitest run test/cuda/${basename(name)} -t ${JSON.stringify(title)}`;
+        fail(`${basename(name)}: ${fullName} ${result} (${Math.round(duration ?? 0)} ms)\n${words}\n  ${again}`);
+      }
+    }
+    if (status === "failed" && assertionResults.length === 0) fail(`${basename(name)}: ${message}`);
+    tests[basename(name)] = own;
+  }
+  console.log(`bad days: ${passed} passed, ${skipped.length} skipped (${seconds(started)} s)`);
+  return tests;
+}
+
+async function runSanitizer(date) {
+  const home = process.env.CUDA_HOME ?? "/usr/local/cuda";
+  const places = [...(process.env.PATH ?? "").split(delimiter), join(home, "bin"), join(home, "compute-sanitizer")];
+  const program = places.map((place) => join(place, "compute-sanitizer")).find((path) => existsSync(path));
+  if (!program) {
+    fail("compute-sanitizer is not installed");
+    return [];
+  }
+  const results = [];
+  for (const tool of ["memcheck", "racecheck", "initcheck"]) {
+    const started = Date.now();
+    const args = ["--tool", tool, "--error-exitcode", "9", process.execPath, SANITIZE];
+    const { code, how, output } = await run(program, args, { patience: 5 * PATIENCE_MS });
+    const summary = /(?:ERROR|RACECHECK) SUMMARY: (.*)/.exec(output)?.[1] ?? "no summary";
+    const cases = /^\d+ cases, \d+ failures$/m.exec(output)?.[0] ?? "the program did not end";
+    if (code !== 0) fail(`compute-sanitizer ${tool}: ${how}, ${summary}, ${cases}\n${output.slice(0, 4000)}`);
+    else results.push({ tool, result: `${summary}; ${cases}`, date });
+    console.log(`compute-sanitizer ${tool}: ${summary}; ${cases} (${seconds(started)} s)`);
+  }
+  return results;
+}
+
+const all = !options.cases && !options["bad-days"];
+const date = new Date().toISOString();
+const fingerprint = kernelFingerprint();
+let ran = { hashes: new Map(), about: undefined, images: [] };
+if (all || options.cases) {
+  ran = await runCases(undefined);
+  if (ran.about) console.log(`${ran.about.gpu}, ${ran.about.architecture}, driver ${ran.about.driver}`);
+  const again = await runCases("--pipelined");
+  for (const [id, hash] of again.hashes) {
+    const first = ran.hashes.get(id);
+    if (first !== undefined && first !== hash) fail(`${id}: other bits when many cases run together`);
+  }
+}
+const tests = (all || options["bad-days"]) && !options.rehearse ? await runBadDays() : {};
+let sanitizer = options.sanitize ? await runSanitizer(date) : [];
+if (!options.sanitize) {
+  // What the sanitizer said about these very kernels stays true.
+  const path = recordPath(root);
+  const last = existsSync(path) ? readRecord(path) : undefined;
+  if (last?.fingerprint === fingerprint) sanitizer = last.sanitizer;
+}
+const record = {
+  format: 1,
+  ...(ran.about ?? { gpu: "unknown", architecture: "unknown", driver: "unknown" }),
+  date,
+  node: process.version,
+  fingerprint,
+  images: ran.images,
+  tests,
+  sanitizer,
+  cases: groupCases(ran.hashes),
+};
+console.log(`${failures.length} failures, ${seconds(began)} s`);
+if (failures.length > 0) {
+  const path = join(folder, "record.failed.json");
+  writeRecord(path, { ...record, failures });
+  console.log(`not recorded; see ${path}`);
+  process.exitCode = 1;
+} else if (skipped.length > 0) {
+  console.log(`nothing recorded: this GPU was not up to\n${skipped.join("\n")}`);
+} else if (all && options.filter === "" && !options.rehearse) {
+  writeRecord(recordPath(root), record);
+  console.log(`recorded in ${recordPath(root)}`);
+} else {
+  console.log("nothing recorded: not everything was run on a GPU");
+}

@@ -1,0 +1,233 @@
+/** The native addon against the fake driver, in processes of their own: garbage, threads, faults, and the ways to end. */
+import { spawnSync } from "node:child_process";
+import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { afterAll, describe, expect, test } from "vitest";
+import { BINDING } from "#halfbyte/backend/cuda/addon.js";
+import { addonPath, loadAddon } from "#halfbyte/backend/cuda/load.js";
+import { fakeCuda } from "../helpers/fake-cuda.js";
+
+const library = fakeCuda();
+const built = existsSync(addonPath());
+if (!built) console.log("skipped: there is no native addon (npm run build:addon)");
+
+const ILLEGAL_ADDRESS = 700;
+const folder = mkdtempSync(join(tmpdir(), "halfbyte-addon-"));
+afterAll(() => rmSync(folder, { recursive: true }));
+
+const [LOAD, INTERFACE] = ["load", "addon"].map((module) =>
+  JSON.stringify(new URL(`../../dist/backend/cuda/${module}.js`, import.meta.url).href),
+);
+
+/** What the programs of the tests below begin with. */
+const PREAMBLE = `
+import { loadAddon, check } from ${LOAD};
+import { BINDING, COMMAND_OPERANDS, COMMAND_WORDS } from ${INTERFACE};
+const addon = loadAddon();
+const must = (name, ...args) => { check(addon, name, addon[name](...args)); return addon.results[0]; };
+const start = () => { must("open", process.env.LIBRARY); must("init"); must("retainContext", 0); };
+const say = (value) => console.log(JSON.stringify(value));
+function command(func, stream, operands, grid = 1, block = 32) {
+  const words = new Uint32Array(addon.command, 0, 6);
+  words[COMMAND_WORDS.func] = func; words[COMMAND_WORDS.grid] = grid; words[COMMAND_WORDS.block] = block;
+  words[COMMAND_WORDS.shared] = 0; words[COMMAND_WORDS.stream] = stream; words[COMMAND_WORDS.operandBytes] = operands.byteLength;
+  new Uint8Array(addon.command, COMMAND_OPERANDS).set(operands);
+}
+const kernel = (name) => must("moduleFunction", must("moduleLoad", Buffer.from("text")), name);
+`;
+
+interface Ended {
+  readonly lines: unknown[];
+  readonly code: number | null;
+  readonly signal: NodeJS.Signals | null;
+  readonly stderr: string;
+}
+
+/** Runs a program in a process of its own. */
+function child(program: string, environment: Record<string, string> = {}): Ended {
+  const { stdout, stderr, status, signal } = spawnSync(
+    process.execPath,
+    ["--input-type=module", "-e", PREAMBLE + program],
+    { encoding: "utf8", timeout: 60_000, env: { ...process.env, LIBRARY: library, ...environment } },
+  );
+  const lines = stdout.split("\n").filter(Boolean);
+  return { lines: lines.map((line) => JSON.parse(line) as unknown), code: status, signal, stderr };
+}
+
+/** What a program says that must end well. */
+function says(program: string, environment: Record<string, string> = {}): unknown[] {
+  const { lines, code, signal, stderr } = child(program, environment);
+  expect({ code, signal, stderr }).toEqual({ code: 0, signal: null, stderr: "" });
+  return lines;
+}
+
+describe.runIf(built && library !== undefined)("processes", () => {
+  test("whatever comes as an argument is a status, and the addon works afterwards", () => {
+    const [calls, negative, still] = says(`
+      start();
+      const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072, -1, 0.5, NaN, Infinity, -Infinity, 2 ** 31,
+        2 ** 32, 2 ** 53, 1e300, "", "text", "a\\0b", "x".repeat(5000), Symbol("s"), 10n, {}, [], () => { throw new Error("called"); },
+        new Uint8Array(0), new Uint8Array(100), new Float64Array(4), new DataView(new ArrayBuffer(8)), new ArrayBuffer(8),
+        new Proxy({}, { set() { throw new Error("set"); } }), Object.freeze({})];
+      const stream = must("streamCreate"), event = must("eventCreate", true), host = must("hostAllocate", 64), memory = must("memoryAllocate", 64);
+      values.push(stream, event, host, memory, memory + 63);
+      let seed = 1, calls = 0, negative = 0;
+      const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+      // What would end the world that the rest needs, or block for ever.
+      const skip = ["command", "results", "open", "releaseContext"];
+      const names = Object.keys(addon).filter((name) => !skip.includes(name));
+      for (let round = 0; round < 3000; round++) {
+        for (const name of names) {
+          const args = Array.from({ length: random(7) }, () => values[random(values.length)]);
+          const answer = addon[name](...args);
+          calls++;
+          if (name === "describe" ? answer.length !== 2 : name === "detail" ? typeof answer !== "string" : !Number.isInteger(answer)) {
+            throw new Error(name + " answered " + answer);
+          }
+          if (answer < 0) negative++;
+          // A stream is a thread.
+          if (name === "streamCreate" && answer === 0 && random(100)) addon.streamDestroy(addon.results[0]);
+        }
+        const words = new Uint32Array(addon.command);
+        for (let i = 0; i < 6; i++) words[i] = random(3) ? random(2 ** 31) : values[random(20)];
+        const status = addon.launch();
+        if (status >= 0) throw new Error("launched garbage: " + status);
+      }
+      // Node 24 refuses to detach it, Node 20 does not.
+      try { structuredClone(addon.command, { transfer: [addon.command] }); } catch {}
+      addon.launch();
+      must("releaseContext");
+      must("retainContext", 0);
+      must("memoryFree", must("memoryAllocate", 1));
+      say(calls); say(negative); say("still there");`);
+    expect(calls).toBeGreaterThan(100_000);
+    expect(negative).toBeGreaterThan(50_000);
+    expect(still).toBe("still there");
+  });
+
+  test("a worker thread is refused, by the loader and by the addon", () => {
+    const [main, worker] = says(`
+      import { Worker } from "node:worker_threads";
+      start();
+      const program = \`
+        import { createRequire } from "node:module";
+        import { parentPort } from "node:worker_threads";
+        import { addonPath, loadAddon } from ${LOAD};
+        const addon = createRequire("/")(addonPath());
+        let reason;
+        try { loadAddon(); } catch (error) { reason = error.reason; }
+        parentPort.postMessage([reason, addon.open(), addon.init(), addon.launch(), addon.memoryAllocate(1), addon.releaseContext(), addon.detail()]);
+      \`;
+      new Worker(new URL("data:text/javascript," + encodeURIComponent(program)))
+        .on("message", (answer) => { say("main"); say(answer); must("memoryAllocate", 1); });`);
+    const { wrongThread } = BINDING;
+    expect(main).toBe("main");
+    expect(worker).toEqual(["worker-thread", wrongThread, wrongThread, wrongThread, wrongThread, wrongThread, ""]);
+  });
+
+  test("the addon is not found", () => {
+    expect(() => loadAddon(folder)).toThrow(
+      expect.objectContaining({ reason: "addon-missing", detail: expect.stringContaining(folder) }),
+    );
+  });
+
+  const WATCH = `
+    start();
+    addon.onCompleted((token, status) => say([token, status]));
+    const stream = must("streamCreate"), sleep = kernel("fake_sleep");
+    function pending(token, milliseconds) {
+      const event = must("eventCreate", false);
+      command(sleep, stream, new Uint8Array(Uint32Array.of(milliseconds).buffer));
+      must("launch"); must("eventRecord", event, stream); must("watch", event, token);
+    }`;
+
+  test("a watched event does not keep the process alive, a held one does", () => {
+    expect(says(`${WATCH} pending(1, 500);`)).toEqual([]);
+    expect(
+      says(`${WATCH} pending(1, 100); pending(2, 0);
+        must("hold", true); addon.onCompleted((token, status) => { say([token, status]); if (token === 2) must("hold", false); });`),
+    ).toEqual([
+      [1, 0],
+      [2, 0],
+    ]);
+  });
+
+  test.each([
+    ["at once", "process.exit(0);"],
+    ["later", "setTimeout(() => process.exit(0), 50);"],
+    ["when a report comes", "pending(3, 50); addon.onCompleted(() => process.exit(0)); must('hold', true);"],
+  ])("process.exit %s with events pending: no crash, no hang", (_, end) => {
+    for (const milliseconds of [0, 1, 300]) {
+      expect(says(`${WATCH} pending(1, ${milliseconds}); pending(2, ${milliseconds}); ${end}`).length).toBeLessThan(3);
+    }
+  });
+
+  test("the context goes when the process ends by itself", () => {
+    const report = join(folder, "end");
+    says(`${WATCH} pending(1, 50); must("memoryAllocate", 5); must("hostAllocate", 5);`, {
+      HALFBYTE_FAKE_CUDA_REPORT: report,
+    });
+    expect(readFileSync(report, "utf8")).toBe("allocations=0 hosts=0 streams=0 events=0 modules=0\n");
+  });
+
+  test("releasing the context forgets what is watched, and the next context works", () => {
+    expect(
+      says(`${WATCH} pending(1, 100); pending(2, 0);
+        must("releaseContext"); say("released"); must("retainContext", 0);
+        const again = must("streamCreate"), event = must("eventCreate", false);
+        must("eventRecord", event, again); must("watch", event, 7); must("hold", true);
+        addon.onCompleted((token, status) => { say([token, status]); must("hold", false); });`),
+    ).toEqual(["released", [7, 0]]);
+  });
+
+  test("what a callback throws is an uncaught exception", () => {
+    const { lines, code } =
+      child(`${WATCH} process.on("uncaughtException", (e) => { say(e.message); process.exit(9); });
+      addon.onCompleted(() => { throw new Error("mine"); }); must("hold", true); pending(1, 1);`);
+    expect([lines, code]).toEqual([["mine"], 9]);
+  });
+
+  test("a fault completes every watched event with its status, and another context works", () => {
+    const lines = says(`${WATCH} must("hold", true);
+      addon.onCompleted((token, status) => {
+        say([token, status]);
+        if (token < 3) return;
+        say([addon.memoryAllocate(1), addon.launch(), addon.streamSynchronize(stream), addon.memoryInfo()]);
+        must("hold", false);
+        must("releaseContext"); must("retainContext", 0); say(addon.memoryFree(must("memoryAllocate", 1)));
+      });
+      pending(1, 0);
+      command(sleep, stream, new Uint8Array(Uint32Array.of(400).buffer)); must("launch");
+      command(kernel("fake_fault"), stream, new Uint8Array(8)); must("launch");
+      pending(2, 50); pending(3, 50);`);
+    const fault = ILLEGAL_ADDRESS;
+    expect(lines).toEqual([[1, 0], [2, fault], [3, fault], [fault, fault, fault, fault], 0]);
+  });
+
+  test("what the fake driver is told", () => {
+    expect(
+      says(`say(addon.open(process.env.LIBRARY)); say(addon.init());`, { HALFBYTE_FAKE_CUDA_DEVICES: "0" }),
+    ).toEqual([0, 100]);
+    const { signal } = child(`start();`, { HALFBYTE_FAKE_CUDA_INIT: "segv" });
+    expect(signal).toBe("SIGSEGV");
+    expect(
+      says(
+        `start(); say(addon.memoryAllocate(1001)); say(addon.memoryAllocate(1000)); say(addon.memoryAllocate(1)); must("driverVersion"); say(addon.results[0]);
+         say(addon.moduleLoad(Buffer.from("text"))); say(addon.detail());`,
+        {
+          HALFBYTE_FAKE_CUDA_MEMORY: "1000",
+          HALFBYTE_FAKE_CUDA_VERSION: "11000",
+          HALFBYTE_FAKE_CUDA_MODULE: "209",
+        },
+      ),
+    ).toEqual([2, 0, 2, 11000, 209, "fake compiler: no code for this GPU"]);
+    expect(
+      says(
+        `${WATCH} must("hold", true); addon.onCompleted((token, status) => { say([token, status]); if (token === 2) must("hold", false); });
+         pending(1, 0); pending(2, 0);`,
+        { HALFBYTE_FAKE_CUDA_FAULT_AT: "2", HALFBYTE_FAKE_CUDA_DELAY_MS: "150" },
+      ),
+    ).toContainEqual([2, ILLEGAL_ADDRESS]);
+  });
+});

@@ -1,0 +1,235 @@
+/** What ends a cuda backend, or keeps it from beginning: each in a process of its own, over the fake driver. */
+import { join } from "node:path";
+import { describe, expect, test } from "vitest";
+import { fakeBackend, HERE, LIBRARY, textImages } from "../helpers/fake-backend.js";
+import { fakeCuda } from "../helpers/fake-cuda.js";
+import { runScript } from "../helpers/script.js";
+
+const IMAGES = HERE ? textImages() : "";
+const PRELUDE = `
+import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
+import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
+import { Tensor } from "#halfbyte/core/tensor.js";
+const words = (error) => ({ name: error.name, code: error.code, reason: error.reason, message: error.message });
+const attempt = (body) => { try { body(); return "fine"; } catch (error) { return words(error); } };
+const later = (promise) => promise.then(() => "fine", words);
+const at = (storage, byteOffset = 0) => ({ storage, byteOffset });
+const fill = (backend, storage, byte) =>
+  backend.launch("fill", { dst: at(storage), bytes: storage.bytes, value: (byte * 0x01010101) >>> 0 });
+const convert = (backend, storage) => backend.launch("convert", { x: at(storage), y: at(storage), n: 8, from: 0, to: 1 });
+`;
+const ENVIRONMENT = {
+  HALFBYTE_CUDA_LIBRARY: LIBRARY,
+  HALFBYTE_KERNELS: IMAGES,
+  HALFBYTE_FAKE_CUDA_INTEGRATED: "0",
+};
+
+interface Words {
+  readonly name: string;
+  readonly code: string;
+  readonly reason: string;
+  readonly message: string;
+}
+type Outcome = "fine" | Words;
+
+const script = <T>(
+  code: string,
+  environment: Record<string, string | undefined> = {},
+): ReturnType<typeof runScript<T>> => runScript<T>(PRELUDE + code, { ...ENVIRONMENT, ...environment });
+
+describe.runIf(HERE)("a device fault", () => {
+  test("rejects pending reads and everything later with the kernels that may have done it; the process and the cpu go on", async () => {
+    const { given } = await script<Record<string, Outcome | Outcome[] | string | number[]>>(
+      `
+      const backend = new CudaBackend();
+      const other = new CudaBackend();
+      const t = backend.allocate(64);
+      fill(backend, t, 1);
+      await backend.read(t, 0, 64);
+      convert(backend, t);
+      convert(backend, t);
+      const pending = await Promise.all([backend.read(t, 0, 64), backend.readSync.bind(backend), backend.synchronize()].map(
+        (p) => typeof p === "function" ? attempt(() => p(t, 0, 64)) : later(p)));
+      const answers = {
+        pending,
+        state: backend.state,
+        allocate: attempt(() => backend.allocate(1)),
+        launch: attempt(() => fill(backend, t, 1)),
+        write: attempt(() => backend.write(t, 0, new Uint8Array(1))),
+        readSync: attempt(() => backend.readSync(t, 0, 1)),
+        read: await later(backend.read(t, 0, 1)),
+        synchronize: await later(backend.synchronize()),
+        guards: attempt(() => backend.checkGuards()),
+        elapsed: attempt(() => backend.elapsed(() => {})),
+        restart: await later(backend.restart()),
+        neighbour: attempt(() => other.readSync(other.allocate(1), 0, 1)),
+        neighbourState: other.state,
+        newcomer: attempt(() => new CudaBackend()),
+      };
+      backend.release(t);
+      const cpu = new CpuBackend({ threads: 1 });
+      const x = Tensor.allocate(cpu, "u8", [3]).copyFrom(Uint8Array.of(1, 2, 3));
+      answers.cpu = [...(await x.data())];
+      await cpu.close();
+      await Promise.all([backend.close(), other.close()]);
+      answers.closed = attempt(() => backend.allocate(1));
+      give(answers);
+      `,
+      { HALFBYTE_FAKE_CUDA_FAULT_AT: "2" },
+    );
+    const failed = {
+      name: "CudaError",
+      code: "ERR_HALFBYTE_CUDA",
+      message: expect.stringMatching(
+        /CUDA_ERROR_ILLEGAL_ADDRESS \(700\), an illegal memory access was encountered in one of the last launched: fill\(dst=0x\w+, bytes=64, value=16843009\), convert\(x=0x\w+, .*n=8, from=0, to=1\), convert/,
+      ),
+    };
+    for (const answer of given.pending as Outcome[]) expect(answer).toMatchObject(failed);
+    for (const what of ["allocate", "launch", "write", "readSync", "read", "synchronize", "guards", "elapsed"]) {
+      expect(given[what], what).toMatchObject(failed);
+    }
+    expect(given).toMatchObject({
+      state: "failed",
+      restart: { name: "BackendError", message: expect.stringMatching(/start the process again to use cuda/) },
+      neighbour: { name: "CudaError", message: expect.stringMatching(/CUDA_ERROR_ILLEGAL_ADDRESS/) },
+      neighbourState: "failed",
+      newcomer: { name: "CudaError" },
+      cpu: [1, 2, 3],
+      closed: { name: "DisposedError" },
+    });
+  });
+
+  test("met first by a blocking read, an allocation, and a read whose pieces wait", async () => {
+    const { given } = await script<Outcome[]>(
+      `
+      const backend = new CudaBackend();
+      const t = backend.allocate(300e6);
+      fill(backend, t, 1);
+      const long = later(backend.read(t, 0, t.bytes));
+      convert(backend, t);
+      const sync = attempt(() => backend.readSync(t, 0, 64));
+      give([sync, await long, attempt(() => backend.allocate(1))]);
+      await backend.close();
+      `,
+      { HALFBYTE_FAKE_CUDA_FAULT_AT: "1" },
+    );
+    expect(given).toHaveLength(3);
+    for (const answer of given) {
+      expect(answer).toMatchObject({ name: "CudaError", message: expect.stringMatching(/ILLEGAL_ADDRESS/) });
+    }
+  });
+
+  test("nobody handles: the process fails with the error's words", async () => {
+    const code = `const backend = new CudaBackend(); convert(backend, backend.allocate(64)); give(1); await backend.synchronize();`;
+    await expect(script(code, { HALFBYTE_FAKE_CUDA_FAULT_AT: "1" })).rejects.toThrow(
+      /ended with 1, gave 1: .*ILLEGAL_ADDRESS.*in convert\(/s,
+    );
+  });
+
+  test("a launch that is refused is no fault: it names its kernel, and the backend goes on", async () => {
+    const { given } = await script<[Outcome, string, number]>(
+      `
+      const backend = new CudaBackend();
+      const t = backend.allocate(64);
+      fill(backend, t, 9);
+      give([attempt(() => convert(backend, t)), backend.state, (await backend.read(t, 0, 64))[63]]);
+      `,
+      { HALFBYTE_FAKE_CUDA_LAUNCH: "701" },
+    );
+    expect(given[0]).toMatchObject({ message: expect.stringMatching(/launch: .*\(701\).* in convert\(x=/) });
+    expect(given.slice(1)).toEqual(["ready", 9]);
+  });
+});
+
+describe.runIf(HERE)("the process exits by itself", () => {
+  const SLOW = { HALFBYTE_FAKE_CUDA_DELAY_MS: "300" };
+  const start = `const backend = new CudaBackend(); const t = backend.allocate(64); fill(backend, t, 3);`;
+
+  test("with an idle backend that was never closed", async () => {
+    const { given } = await script(`${start} give((await backend.read(t, 0, 64))[0]);`);
+    expect(given).toBe(3);
+  });
+  test("with a read pending that nobody awaits, which is still answered", async () => {
+    const { given, milliseconds } = await script(
+      `${start} backend.read(t, 0, 64).then((bytes) => give(bytes[0]));`,
+      SLOW,
+    );
+    expect(given).toBe(3);
+    expect(milliseconds).toBeGreaterThan(600);
+  });
+  test("with work enqueued that nobody reads", async () => {
+    const { given } = await script(`${start} give("done");`, SLOW);
+    expect(given).toBe("done");
+  });
+  test("in the middle of a close", async () => {
+    const { given } = await script(`${start} backend.close().then(() => give(backend.state));`, SLOW);
+    expect(given).toBe("closed");
+  });
+  test("by process.exit with reads pending", async () => {
+    const { given } = await script(`${start} backend.read(t, 0, 64); give("left"); process.exit(0);`, SLOW);
+    expect(given).toBe("left");
+  });
+});
+
+describe.runIf(HERE)("what cannot be used is refused by name", () => {
+  const refusal = async (environment: Record<string, string | undefined>): Promise<Outcome> =>
+    (await script<Outcome>(`give(attempt(() => new CudaBackend()));`, environment)).given;
+
+  test("a driver that is too old, by version and by what it lacks", async () => {
+    expect(await refusal({ HALFBYTE_FAKE_CUDA_VERSION: "11020" })).toMatchObject({
+      name: "CudaUnavailableError",
+      reason: "driver-too-old",
+      message: expect.stringMatching(/the driver is for CUDA 11\.2, the oldest supported is for 11\.4/),
+    });
+    expect(await refusal({ HALFBYTE_FAKE_CUDA_VERSION: "11040" })).toBe("fine");
+    expect(await refusal({ HALFBYTE_CUDA_LIBRARY: fakeCuda("old") })).toMatchObject({
+      reason: "driver-too-old",
+      message: expect.stringMatching(/cuEventElapsedTime/),
+    });
+  });
+
+  test("no driver, no device, a driver that does not start", async () => {
+    expect(await refusal({ HALFBYTE_CUDA_LIBRARY: join(IMAGES, "none.so") })).toMatchObject({ reason: "no-driver" });
+    expect(await refusal({ HALFBYTE_FAKE_CUDA_DEVICES: "0" })).toMatchObject({ reason: "no-device" });
+    expect(await refusal({ HALFBYTE_FAKE_CUDA_INIT: "999" })).toMatchObject({ reason: "driver-error" });
+  });
+
+  test("a worker thread", async () => {
+    const { given } = await script<Words>(`
+      import { Worker } from "node:worker_threads";
+      const code = \`
+        import { parentPort } from "node:worker_threads";
+        import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
+        try { new CudaBackend(); } catch (error) { parentPort.postMessage({ name: error.name, reason: error.reason }); }\`;
+      new Worker(code, { eval: true }).on("message", give);
+    `);
+    expect(given).toEqual({ name: "CudaUnavailableError", reason: "worker-thread" });
+  });
+});
+
+describe.runIf(HERE)("warming up", () => {
+  const launches = (backend: unknown): number => (backend as { stream: { launches: number } }).stream.launches;
+  const convert = (backend: ReturnType<typeof fakeBackend>): void => {
+    const x = { storage: backend.allocate(64), byteOffset: 0 };
+    backend.launch("convert", { x, y: x, n: 8, from: 0, to: 1 });
+  };
+
+  test("an integrated GPU runs something small of a family before its first launch, another does not", async () => {
+    const integrated = fakeBackend();
+    convert(integrated);
+    expect(launches(integrated)).toBe(3);
+    convert(integrated);
+    expect(launches(integrated)).toBe(4);
+    expect(integrated.memory()).toMatchObject({ bytes: 128, allocations: 2 });
+    await integrated.close();
+    process.env.HALFBYTE_FAKE_CUDA_INTEGRATED = "0";
+    try {
+      const discrete = fakeBackend();
+      convert(discrete);
+      expect(launches(discrete)).toBe(1);
+      await discrete.close();
+    } finally {
+      delete process.env.HALFBYTE_FAKE_CUDA_INTEGRATED;
+    }
+  });
+});

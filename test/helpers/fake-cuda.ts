@@ -1,0 +1,38 @@
+/** The fake CUDA driver, for tests without a GPU: fake-cuda/fake-cuda.cc says what it can be told by environment variables. */
+import { execFileSync, spawnSync } from "node:child_process";
+import { createHash } from "node:crypto";
+import { existsSync, mkdirSync, readFileSync, renameSync, rmSync } from "node:fs";
+import { join } from "node:path";
+
+const SOURCES = ["fake-cuda.cc", "state.h"].map((file) => join(import.meta.dirname, "fake-cuda", file));
+const FOLDER = join(import.meta.dirname, "../../build/fake-cuda");
+const FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"];
+
+let said = false;
+
+/**
+ * The library's path, built when its source has changed; `undefined`, with the reason printed, where there is no compiler.
+ * Use it as `HALFBYTE_CUDA_LIBRARY` or `CudaOptions.library`.
+ * @param variant `"old"`: a driver that lacks a function the addon needs
+ */
+export function fakeCuda(variant?: "old"): string | undefined {
+  const flags = variant === "old" ? [...FLAGS, "-DFAKE_CUDA_OLD"] : FLAGS;
+  const hash = createHash("sha256").update([...flags, process.arch].join(" "));
+  for (const source of SOURCES) hash.update(readFileSync(source));
+  const library = join(FOLDER, `libcuda-fake-${hash.digest("hex").slice(0, 16)}.so`);
+  if (existsSync(library)) return library;
+  if (process.platform !== "linux" || spawnSync("g++", ["--version"]).status !== 0) {
+    if (!said) console.log("skipped: the fake CUDA driver needs Linux and g++");
+    said = true;
+    return undefined;
+  }
+  mkdirSync(FOLDER, { recursive: true });
+  const part = `${library}.${process.pid}`;
+  try {
+    execFileSync("g++", [...flags, SOURCES[0]!, "-o", part], { stdio: ["ignore", "inherit", "inherit"] });
+    renameSync(part, library);
+  } finally {
+    rmSync(part, { force: true });
+  }
+  return library;
+}
