@@ -11,7 +11,11 @@
  */
 import {
   ABORT,
-  FAULT,
+  FAULT_BYTES,
+  FAULT_QUEUE,
+  FAULT_SLOTS,
+  FAULTS,
+  FAULTS_TAKEN,
   FENCE,
   HEAD,
   LINE,
@@ -133,14 +137,26 @@ function learnGrowth(pages: i32): void {
 /** Runs on one thread per command, in the order of the commands. */
 function complete(record: usize, k: u32): void {
   const index = atomic.load<u32>(record + RECORD_FAULT);
-  if (index != NO_FAULT && !atomic.load<u32>(FAULT)) {
-    store<u32>(FAULT + 4, k);
-    store<u32>(FAULT + 8, load<u32>(record + RECORD_CONTEXT));
-    store<u32>(FAULT + 12, index);
-    atomic.store<u32>(FAULT, 1);
-  }
+  if (index != NO_FAULT) queueFault(k, load<u32>(record + RECORD_CONTEXT), index);
   atomic.store<u32>(LOW, k + 1);
   if (atomic.load<u32>(LOW_WAITERS)) atomic.notify(LOW, -1);
+}
+
+/**
+ * A read reports the first fault since the read before it, so each needs one at most: once the queue is half full, only the
+ * first after a fence is put into it.
+ */
+function queueFault(k: u32, context: u32, index: u32): void {
+  const count = load<u32>(FAULTS);
+  const waiting = count - atomic.load<u32>(FAULTS_TAKEN);
+  const fence = atomic.load<u32>(FENCE);
+  if (waiting >= FAULT_SLOTS || (waiting >= FAULT_SLOTS / 2 && fence == load<u32>(FAULTS + 4))) return;
+  const entry = FAULT_QUEUE + (count & (FAULT_SLOTS - 1)) * FAULT_BYTES;
+  store<u32>(entry, k);
+  store<u32>(entry + 4, context);
+  store<u32>(entry + 8, index);
+  store<u32>(FAULTS + 4, fence);
+  atomic.store<u32>(FAULTS, count + 1);
 }
 
 function sleepOnLow(low: u32): void {

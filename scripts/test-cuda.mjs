@@ -11,8 +11,8 @@
 // Nothing stops at the first failure. After a failure the record stays as it is, build/cuda/record.failed.json has what there
 // was, and the exit code is 1.
 import { spawn, spawnSync } from "node:child_process";
-import { existsSync, mkdirSync, readFileSync, rmSync } from "node:fs";
-import { basename, delimiter, join, resolve } from "node:path";
+import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from "node:fs";
+import { delimiter, join, resolve } from "node:path";
 import { parseArgs } from "node:util";
 
 const root = resolve(import.meta.dirname, "..");
@@ -41,6 +41,8 @@ if (!options["no-build"]) {
     if (spawnSync(command, { shell: true, stdio: "inherit" }).status !== 0) process.exit(1);
   }
 }
+// The fingerprint covers them, and they are not in git.
+if (!existsSync("csrc/kernels/generated")) spawnSync(process.execPath, ["scripts/generate.mjs"], { stdio: "inherit" });
 const folder = join(root, "build", "cuda");
 rmSync(folder, { recursive: true, force: true });
 mkdirSync(folder, { recursive: true });
@@ -48,6 +50,7 @@ const { groupCases, readRecord, recordPath, writeRecord } = await import("../bui
 const { kernelFingerprint } = await import("./kernel-sources.mjs");
 const { cudaMissing } = await import("../dist/backend/devices.js");
 
+// A driver that a rehearsal names by HALFBYTE_CUDA_LIBRARY need not compute anything.
 const missing = options.rehearse ? undefined : cudaMissing();
 if (missing) {
   console.error(`test:cuda needs a GPU: ${missing}`);
@@ -152,41 +155,46 @@ async function runCases(how) {
 
 const tail = (text) => text.trimEnd().split("\n").slice(-15).join("\n");
 
-/** The tests of test/cuda, one file after the other. How each ended, by file and name. */
+/** The tests of test/cuda, each file in a process of its own. How each test ended, by file and name. */
 async function runBadDays() {
-  const started = Date.now();
-  const file = join(folder, "bad-days.json");
-  const { how, output } = await run(
-    process.execPath,
-    [
-      "node_modules/vitest/vitest.mjs",
-      ...["run", "test/cuda/", "--no-file-parallelism", "--reporter=json", `--outputFile.json=${file}`],
-    ],
-    { env: { HALFBYTE_TEST_CUDA: "1" }, patience: 5 * PATIENCE_MS },
-  );
-  if (!existsSync(file)) {
-    fail(`vitest run test/cuda: ${how}\n${tail(output)}`);
+  const tests = {};
+  for (const file of readdirSync("test/cuda").filter((name) => name.endsWith(".test.ts"))) {
+    const started = Date.now();
+    const own = await runTestFile(file);
+    const results = Object.values(own);
+    const passed = results.filter((result) => result === "passed").length;
+    console.log(`test/cuda/${file}: ${passed} of ${results.length} passed (${seconds(started)} s)`);
+    tests[file] = own;
+  }
+  return tests;
+}
+
+async function runTestFile(file) {
+  const report = join(folder, `${file}.json`);
+  const args = ["run", `test/cuda/${file}`, "--reporter=default", "--reporter=json", `--outputFile.json=${report}`];
+  const env = { HALFBYTE_TEST_CUDA: options.rehearse ? "rehearse" : "1", NO_COLOR: "1", FORCE_COLOR: undefined };
+  const { how, output } = await run(process.execPath, ["node_modules/vitest/vitest.mjs", ...args], { env });
+  if (!existsSync(report)) {
+    fail(`vitest ${args.slice(0, 2).join(" ")}: ${how}\n${tail(output)}`);
     return {};
   }
-  const tests = {};
-  let passed = 0;
-  for (const { name, status, message, assertionResults } of JSON.parse(readFileSync(file, "utf8")).testResults) {
-    const own = {};
+  const own = {};
+  for (const { status, message, assertionResults } of JSON.parse(readFileSync(report, "utf8")).testResults) {
     for (const { fullName, title, status: result, failureMessages, duration } of assertionResults) {
       own[title] = result;
-      if (result === "passed") passed++;
-      else if (result !== "failed") skipped.push(`${basename(name)}: ${title}`);
-      else {
-        const words = failureMessages.join("\n").split("\n").slice(0, 25).join("\n");
-        const again = `HALFBYTE_TEST_CUDA=1 npx vitest run test/cuda/${basename(name)} -t ${JSON.stringify(title)}`;
-        fail(`${basename(name)}: ${fullName} ${result} (${Math.round(duration ?? 0)} ms)\n${words}\n  ${again}`);
-      }
+      if (result === "failed") {
+        // The report for programs has no differences between values: those are in the one for people.
+        const told = output
+          .split(/^ FAIL {2}/m)
+          .find((part) => part.startsWith(`test/cuda/${file} > `) && part.includes(title));
+        const words = (told ?? failureMessages.join("\n")).split("\n").slice(0, 40).join("\n");
+        const again = `HALFBYTE_TEST_CUDA=1 npx vitest run test/cuda/${file} -t ${JSON.stringify(title)}`;
+        fail(`${file}: ${fullName} (${Math.round(duration ?? 0)} ms)\n${words}\n  ${again}`);
+      } else if (result !== "passed") skipped.push(`${file}: ${title}`);
     }
-    if (status === "failed" && assertionResults.length === 0) fail(`${basename(name)}: ${message}`);
-    tests[basename(name)] = own;
+    if (status === "failed" && assertionResults.length === 0) fail(`${file}: ${message}`);
   }
-  console.log(`bad days: ${passed} passed, ${skipped.length} skipped (${seconds(started)} s)`);
-  return tests;
+  return own;
 }
 
 async function runSanitizer(date) {
@@ -224,7 +232,7 @@ if (all || options.cases) {
     if (first !== undefined && first !== hash) fail(`${id}: other bits when many cases run together`);
   }
 }
-const tests = (all || options["bad-days"]) && !options.rehearse ? await runBadDays() : {};
+const tests = options["bad-days"] || (all && !options.rehearse) ? await runBadDays() : {};
 let sanitizer = options.sanitize ? await runSanitizer(date) : [];
 if (!options.sanitize) {
   // What the sanitizer said about these very kernels stays true.

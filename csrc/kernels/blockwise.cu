@@ -88,27 +88,34 @@ __device__ __noinline__ u32 nearest4(float a, float b, float c, float d, SharedC
 
 /* A block by a warp, whatever it holds. */
 template <typename T>
-__device__ __noinline__ void slowBlock(const QuantizeBlockwise& op, u64 block) {
-  u64 first = block * op.blocksize;
-  u32 count = op.n - first < op.blocksize ? (u32)(op.n - first) : op.blocksize;
-  const void* x = advance(op.x, first * T::BYTES);
-  const GlobalCode code = {(const float*)op.code};
-  u8* q = (u8*)op.q + first;
-  float offset = op.offset ? *(const float*)op.offset : 0;
+__device__ __noinline__ void slowBlock(const void* x, u8* q, float* absmaxes, GlobalCode code, const float* shift, u64 n,
+                                       u32 blocksize, u64 block, FaultSlot slot) {
+  u64 first = block * blocksize;
+  u32 count = n - first < blocksize ? (u32)(n - first) : blocksize;
+  x = advance(x, first * T::BYTES);
+  q += first;
+  float offset = shift ? *shift : 0;
   u32 lane = laneId();
   u32 bits = 0;
   for (u32 i = lane; i < count; i += WARP) bits = larger(bits, bitsOf(load<T>(x, i) - offset) & ABS);
   bits = largestOfWarp(bits);
   float absmax = floatOf(bits);
   if (bits >= INFINITY_BITS) {
-    if (!op.allowNonFinite && lane == 0) fault(op, block);
+    if (lane == 0) fault(slot, block);
     absmax = absmaxIgnoringNaN<T>(x, count, offset);
   }
   bool zero = absmax < SMALLEST_NORMAL;
-  if (lane == 0) ((float*)op.absmax)[block] = zero ? 0 : absmax;
+  if (lane == 0) absmaxes[block] = zero ? 0 : absmax;
   float r = reciprocal(absmax);
   for (u32 i = lane; i < count; i += WARP)
     q[i] = zero ? 0 : (u8)nearest(flushed(flushed(load<T>(x, i) - offset) * r), code);
+}
+
+/* The operands of a launch as arguments: a reference to them would put all of them into memory. */
+template <typename T>
+DEVICE void slowBlock(const QuantizeBlockwise& op, u64 block) {
+  slowBlock<T>(op.x, (u8*)op.q, (float*)op.absmax, {(const float*)op.code}, (const float*)op.offset, op.n, op.blocksize, block,
+               faultSlot(op));
 }
 
 /* Sixteen bytes of elements as float32 less the offset. */
@@ -142,85 +149,97 @@ DEVICE void absmaxOfShifted(const uint4 (&v)[VECTORS], float offset, u32 lanes, 
   absmaxOfBlocks<F32>(largest, lanes, m);
 }
 
-/* What is the same for all tiles of a launch. */
+/* A warp's tile of a launch's operands. */
 template <typename T>
-struct Walk {
+struct Tile {
   static constexpr u32 VECTOR = Lanes<T>::COUNT;
-  static constexpr u32 WARP_TILE = VECTORS * WARP * VECTOR;
-  static constexpr u32 TILE = WARPS * WARP_TILE;
+  static constexpr u32 ELEMENTS = VECTORS * WARP * VECTOR;
+  u64 begin;
+  /* All of it is there, with the rest of its block, and aligned: `vectors` hold it. */
+  bool whole;
+  uint4 vectors[VECTORS];
+
+  DEVICE void load(const QuantizeBlockwise& op) {
+    u32 span = op.blocksize > ELEMENTS ? op.blocksize : ELEMENTS;
+    // The warps that share a block, if any do, decide alike.
+    whole = isAligned(op.x, 16) && isAligned(op.q, 8) && (begin & ~(u64)(span - 1)) + span <= op.n;
+    if (!whole) return;
+    const void* from = advance(op.x, (begin + laneId() * VECTOR) * T::BYTES);
+#pragma unroll
+    for (u32 u = 0; u < VECTORS; u++) vectors[u] = loadStream16(advance(from, u * WARP * 16));
+  }
 };
 
 template <typename T, bool SHIFTED, bool TABLE>
-DEVICE void quantizeTiles(const QuantizeBlockwise& op, u32 leastPlain, const u32* search, u32 (*partial)[WARPS]) {
+DEVICE void quantizeTile(const QuantizeBlockwise& op, const Tile<T>& tile, float offset, u32 leastPlain, const u32* search,
+                         u32* partial) {
+  constexpr u32 VECTOR = Tile<T>::VECTOR;
   const SharedCode code = {(u32)__cvta_generic_to_shared(search)};
-  constexpr u32 VECTOR = Walk<T>::VECTOR;
-  constexpr u32 WARP_TILE = Walk<T>::WARP_TILE;
-  const float offset = SHIFTED ? *(const float*)op.offset : 0;
-  const bool aligned = isAligned(op.x, 16) && isAligned(op.q, 8);
   const u32 blocksize = op.blocksize;
-  const u32 shift = 31 - __clz(blocksize);
-  const u32 mask = blocksize - 1;
-  const u32 span = blocksize > WARP_TILE ? blocksize : WARP_TILE;
   const u32 lane = laneId();
-  u32 parity = 0;
-  for (u64 begin = (u64)blockIdx.x * Walk<T>::TILE + warpId() * WARP_TILE; begin < op.n;
-       begin += (u64)gridDim.x * Walk<T>::TILE) {
-    // The warps that share a block, if any do, skip it together.
-    if ((begin & ~(u64)(span - 1)) + span > op.n || !aligned) {
-      u64 end = begin + WARP_TILE < op.n ? begin + WARP_TILE : op.n;
-      for (u64 block = (begin + mask) >> shift; block << shift < end; block++) slowBlock<T>(op, block);
-      continue;
+  u32 m[VECTORS];
+  if constexpr (SHIFTED) absmaxOfShifted<T>(tile.vectors, offset, blocksize / VECTOR, m);
+  else absmaxOfBlocks<T>(tile.vectors, blocksize / VECTOR, m);
+  if (blocksize > Tile<T>::ELEMENTS) {
+    u32 all = largestOfWarps(m[0], blocksize / Tile<T>::ELEMENTS, partial);
+#pragma unroll
+    for (u32 u = 0; u < VECTORS; u++) m[u] = all;
+  }
+  storeAbsmax<T>(m, (float*)op.absmax, tile.begin, blocksize, leastPlain);
+  void* q = advance(op.q, tile.begin + lane * VECTOR);
+  bool allPlain = true;
+#pragma unroll
+  for (u32 u = 0; u < VECTORS; u++) {
+    bool plain = isPlain(m[u], leastPlain);
+    allPlain = allPlain && plain;
+    float r = plainReciprocal(floatOf(m[u]));
+    float x[VECTOR];
+    decodeVector<T, SHIFTED>(tile.vectors[u], offset, x);
+#pragma unroll
+    for (u32 k = 0; k < VECTOR; k++) x[k] = (TABLE ? x[k] : flushed(x[k])) * r;
+    uint2 codes;
+#pragma unroll
+    for (u32 k = 0; k < VECTOR; k += 4) {
+      u32 four = TABLE ? codes4(x + k, search) : nearest4(x[k], x[k + 1], x[k + 2], x[k + 3], code);
+      if (k == 0) codes.x = four;
+      else codes.y = four;
     }
-    const void* from = advance(op.x, (begin + lane * VECTOR) * T::BYTES);
-    uint4 v[VECTORS];
-    u32 m[VECTORS];
-#pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) v[u] = loadStream16(advance(from, u * WARP * 16));
-    if constexpr (SHIFTED) absmaxOfShifted<T>(v, offset, blocksize / VECTOR, m);
-    else absmaxOfBlocks<T>(v, blocksize / VECTOR, m);
-    if (blocksize > WARP_TILE) {
-      u32 all = largestOfWarps(m[0], blocksize / WARP_TILE, partial[parity]);
-      parity ^= 1;
-#pragma unroll
-      for (u32 u = 0; u < VECTORS; u++) m[u] = all;
+    if (plain) {
+      if constexpr (VECTOR == 8) *(uint2*)advance(q, u * WARP * 8) = codes;
+      else *(u32*)advance(q, u * WARP * 4) = codes.x;
     }
-    storeAbsmax<T>(m, (float*)op.absmax, begin, blocksize, leastPlain);
-    void* q = advance(op.q, begin + lane * VECTOR);
-    bool allPlain = true;
-#pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) {
-      bool plain = isPlain(m[u], leastPlain);
-      allPlain = allPlain && plain;
-      float r = plainReciprocal(floatOf(m[u]));
-      float x[VECTOR];
-      decodeVector<T, SHIFTED>(v[u], offset, x);
-#pragma unroll
-      for (u32 k = 0; k < VECTOR; k++) x[k] = (TABLE ? x[k] : flushed(x[k])) * r;
-      uint2 codes;
-#pragma unroll
-      for (u32 k = 0; k < VECTOR; k += 4) {
-        u32 four = TABLE ? codes4(x + k, search) : nearest4(x[k], x[k + 1], x[k + 2], x[k + 3], code);
-        if (k == 0) codes.x = four;
-        else codes.y = four;
-      }
-      if (plain) {
-        if constexpr (VECTOR == 8) *(uint2*)advance(q, u * WARP * 8) = codes;
-        else *(u32*)advance(q, u * WARP * 4) = codes.x;
-      }
-    }
-    if (__all_sync(ALL_LANES, allPlain)) continue;
+  }
+  if (__all_sync(ALL_LANES, allPlain)) return;
 #pragma unroll 1
-    for (u32 u = 0; u < VECTORS; u++) {
-      // The lanes at which a block starts take care of it, one after the other.
-      u32 i = lane * VECTOR + u * WARP * VECTOR;
-      u32 bits = u == 0 ? m[0] : u == 1 ? m[1] : u == 2 ? m[2] : m[3];
-      u32 slow = __ballot_sync(ALL_LANES, !isPlain(bits, leastPlain) && (((u32)begin + i) & mask) == 0);
-      while (slow != 0) {
-        u32 leader = __ffs(slow) - 1;
-        slow &= slow - 1;
-        slowBlock<T>(op, (begin + __shfl_sync(ALL_LANES, i, leader)) >> shift);
-      }
+  for (u32 u = 0; u < VECTORS; u++) {
+    // The lanes at which a block starts take care of it, one after the other.
+    u64 i = tile.begin + lane * VECTOR + u * WARP * VECTOR;
+    u32 bits = u == 0 ? m[0] : u == 1 ? m[1] : u == 2 ? m[2] : m[3];
+    u32 slow = __ballot_sync(ALL_LANES, !isPlain(bits, leastPlain) && ((u32)i & (blocksize - 1)) == 0);
+    while (slow != 0) {
+      u32 leader = __ffs(slow) - 1;
+      slow &= slow - 1;
+      slowBlock<T>(op, __shfl_sync(ALL_LANES, i, leader) >> blockShift(op));
     }
+  }
+}
+
+/* Everything from a block's first tile on, which has been loaded. */
+template <typename T, bool SHIFTED, bool TABLE>
+DEVICE void quantizeTiles(const QuantizeBlockwise& op, Tile<T>& tile, float offset, u32 leastPlain,
+                          const u32* search, u32 (*partial)[WARPS]) {
+  u32 parity = 0;
+  while (tile.begin < op.n) {
+    if (tile.whole) {
+      quantizeTile<T, SHIFTED, TABLE>(op, tile, offset, leastPlain, search, partial[parity]);
+      parity ^= 1;
+    } else {
+      u64 end = tile.begin + Tile<T>::ELEMENTS < op.n ? tile.begin + Tile<T>::ELEMENTS : op.n;
+      u32 shift = blockShift(op);
+      for (u64 block = (tile.begin + op.blocksize - 1) >> shift; block << shift < end; block++) slowBlock<T>(op, block);
+    }
+    tile.begin += (u64)gridDim.x * WARPS * Tile<T>::ELEMENTS;
+    if (tile.begin < op.n) tile.load(op);
   }
 }
 
@@ -228,25 +247,31 @@ template <typename T, bool SHIFTED>
 DEVICE void quantize(const QuantizeBlockwise& op) {
   __shared__ u32 entries[2 * BINS];
   __shared__ u32 partial[2][WARPS];
-  float floor = op.table ? *(const float*)op.table : 0;
+  const float offset = SHIFTED ? *(const float*)op.offset : 0;
+  const float floor = op.table ? *(const float*)op.table : 0;
+  // The first tile is under way while the table comes.
+  Tile<T> tile;
+  tile.begin = ((u64)blockIdx.x * WARPS + warpId()) * Tile<T>::ELEMENTS;
+  tile.load(op);
   if (floor > LEAST_BINNED) {
     loadTable(entries, op.table);
     __syncthreads();
     // Below this absmax, a denormal x can get to where the codebook has a boundary.
-    quantizeTiles<T, SHIFTED, true>(op, larger(LEAST_PLAIN, bitsOf(1.001f * (SMALLEST_NORMAL / floor))), entries, partial);
+    u32 leastPlain = larger(LEAST_PLAIN, bitsOf(1.001f * (SMALLEST_NORMAL / floor)));
+    quantizeTiles<T, SHIFTED, true>(op, tile, offset, leastPlain, entries, partial);
   } else {
     for (u32 i = threadIdx.x; i < 256; i += THREADS) entries[i] = ((const u32*)op.code)[i];
     __syncthreads();
-    quantizeTiles<T, SHIFTED, false>(op, LEAST_PLAIN, entries, partial);
+    quantizeTiles<T, SHIFTED, false>(op, tile, offset, LEAST_PLAIN, entries, partial);
   }
 }
 
 #define QUANTIZE(T, dtype)                                                                                   \
-  KERNEL __launch_bounds__(THREADS) quantizeBlockwise_##dtype(const __grid_constant__ QuantizeBlockwise op) { \
+  KERNEL __launch_bounds__(THREADS, 2) quantizeBlockwise_##dtype(QuantizeBlockwise op) { \
     quantize<T, false>(op);                                                                                  \
   }                                                                                                          \
-  KERNEL __launch_bounds__(THREADS)                                                                          \
-      quantizeBlockwise_##dtype##_offset(const __grid_constant__ QuantizeBlockwise op) {                     \
+  KERNEL __launch_bounds__(THREADS, 2)                                                                          \
+      quantizeBlockwise_##dtype##_offset(QuantizeBlockwise op) {                     \
     quantize<T, true>(op);                                                                                   \
   }
 QUANTIZE(F32, f32)
@@ -271,7 +296,7 @@ DEVICE void dequantize(const DequantizeBlockwise& op) {
   const bool shifted = op.offset != 0;
   const float offset = shifted ? *(const float*)op.offset : 0;
   const bool aligned = isAligned(op.y, 16) && isAligned(op.q, 8);
-  const u32 shift = 31 - __clz(op.blocksize);
+  const u32 shift = blockShift(op);
   const u32 lane = laneId();
   const u32 copy = lane % COPIES * 4;
   const u64 begin = (u64)blockIdx.x * (DECODERS / WARP * WARP_TILE) + warpId() * WARP_TILE;
@@ -318,7 +343,7 @@ DEVICE void dequantize(const DequantizeBlockwise& op) {
 }
 
 #define DEQUANTIZE(T, dtype)                                                                                     \
-  KERNEL __launch_bounds__(DECODERS) dequantizeBlockwise_##dtype(const __grid_constant__ DequantizeBlockwise op) { \
+  KERNEL __launch_bounds__(DECODERS) dequantizeBlockwise_##dtype(DequantizeBlockwise op) { \
     dequantize<T>(op);                                                                                           \
   }
 DEQUANTIZE(F32, f32)

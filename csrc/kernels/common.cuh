@@ -25,13 +25,6 @@ typedef unsigned long long u64;
 #define HAS_SM80 0
 #endif
 
-/* Threads that a multiprocessor holds at once: what `__launch_bounds__` may ask for. */
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 870 || __CUDA_ARCH__ >= 1100)
-constexpr unsigned RESIDENT_THREADS = 1536;
-#else
-constexpr unsigned RESIDENT_THREADS = 2048;
-#endif
-
 constexpr u32 WARP = 32;
 constexpr u32 ALL_LANES = 0xffffffff;
 constexpr u32 ABS = 0x7fffffff;
@@ -387,11 +380,22 @@ DEVICE void storeAbsmax(const u32 (&m)[VECTORS], float* absmax, u64 begin, u32 b
   }
 }
 
+/* Block sizes are powers of two. */
+template <typename Op>
+DEVICE u32 blockShift(const Op& op) { return 31 - __clz(op.blocksize); }
+
 // Faults
 
-/* Says that block (or row) `index` holds something that is not finite: the first launch wins, in it the smallest index. */
+/* Where a launch says that a block or row is not finite; no word where that is allowed. */
+struct FaultSlot {
+  u64* word;
+  u32 key;
+};
 template <typename Op>
-DEVICE void fault(const Op& op, u64 index) {
+DEVICE FaultSlot faultSlot(const Op& op) { return {op.allowNonFinite ? nullptr : op.faultWord, op.faultKey}; }
+
+/* Says that block (or row) `index` holds something that is not finite: the first launch wins, in it the smallest index. */
+DEVICE void fault(FaultSlot slot, u64 index) {
   u64 low = index < 0xffffffff ? index : 0xffffffff;
-  atomicMin(op.faultWord, (u64)op.faultKey << 32 | low);
+  if (slot.word) atomicMin(slot.word, (u64)slot.key << 32 | low);
 }

@@ -116,7 +116,7 @@ DEVICE void convertFrom(const Convert& op) {
 }
 
 /* y[i] = x[i] as dtype `to`. */
-KERNEL __launch_bounds__(THREADS) convert(const __grid_constant__ Convert op) {
+KERNEL __launch_bounds__(THREADS) convert(Convert op) {
   switch (op.from) {
     case DTYPE_F32: return convertFrom<F32>(op);
     case DTYPE_F16: return convertFrom<F16>(op);

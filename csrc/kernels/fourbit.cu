@@ -66,22 +66,23 @@ static_assert(fp4Code(6) == FP4_RANKS[6] && fp4Code(7) == FP4_RANKS[7], "");
 
 /* A block by a warp, whatever it holds. */
 template <typename T, typename Type>
-__device__ __noinline__ void slowBlock(const Quantize4bit& op, u64 block) {
-  u64 first = block * op.blocksize;
-  u32 count = op.n - first < op.blocksize ? (u32)(op.n - first) : op.blocksize;
-  const void* x = advance(op.x, first * T::BYTES);
-  u8* packed = (u8*)op.packed + first / 2;
+__device__ __noinline__ void slowBlock(const void* x, u8* packed, float* absmaxes, u64 n, u32 blocksize, u64 block,
+                                       FaultSlot slot) {
+  u64 first = block * blocksize;
+  u32 count = n - first < blocksize ? (u32)(n - first) : blocksize;
+  x = advance(x, first * T::BYTES);
+  packed += first / 2;
   u32 lane = laneId();
   u32 bits = 0;
   for (u32 i = lane; i < count; i += WARP) bits = larger(bits, bitsOf(load<T>(x, i)) & ABS);
   bits = largestOfWarp(bits);
   float absmax = floatOf(bits);
   if (bits >= INFINITY_BITS) {
-    if (!op.allowNonFinite && lane == 0) fault(op, block);
+    if (lane == 0) fault(slot, block);
     absmax = absmaxIgnoringNaN<T>(x, count, 0);
   }
   bool zero = absmax < SMALLEST_NORMAL;
-  if (lane == 0) ((float*)op.absmax)[block] = zero ? 0 : absmax;
+  if (lane == 0) absmaxes[block] = zero ? 0 : absmax;
   float r = reciprocal(absmax);
   for (u32 i = 2 * lane; i < count; i += 2 * WARP) {
     u32 high = zero ? 0 : Type::exactCode(flushed(flushed(load<T>(x, i)) * r));
@@ -89,6 +90,12 @@ __device__ __noinline__ void slowBlock(const Quantize4bit& op, u64 block) {
     if (i + 1 < count) low = zero ? 0 : Type::exactCode(flushed(flushed(load<T>(x, i + 1)) * r));
     packed[i / 2] = (u8)(high << 4 | low);
   }
+}
+
+/* The operands of a launch as arguments: a reference to them would put all of them into memory. */
+template <typename T, typename Type>
+DEVICE void slowBlock(const Quantize4bit& op, u64 block) {
+  slowBlock<T, Type>(op.x, (u8*)op.packed, (float*)op.absmax, op.n, op.blocksize, block, faultSlot(op));
 }
 
 /* Where element k of eight has its nibble in 32 bits. */
@@ -154,7 +161,7 @@ DEVICE void quantize(const Quantize4bit& op) {
   __syncthreads();
 
   const u32 blocksize = op.blocksize;
-  const u32 shift = 31 - __clz(blocksize);
+  const u32 shift = blockShift(op);
   // The warps that share a block, if any do, leave together.
   const u32 span = blocksize > WARP_TILE ? blocksize : WARP_TILE;
   const u64 begin = (u64)blockIdx.x * (WARPS * WARP_TILE) + warpId() * WARP_TILE;
@@ -206,10 +213,10 @@ DEVICE void quantize(const Quantize4bit& op) {
   }
 }
 
-// On 16-bit types it is bound by instructions as much as by memory and needs every warp: the compiler, left alone, takes
-// registers for fewer.
+// On 16-bit types it is bound by instructions as much as by memory and needs many warps: the compiler, left alone, takes
+// registers for half as many. Six blocks fill an Orin, and more would spill.
 #define QUANTIZE(T, dtype, Type, type) \
-  KERNEL __launch_bounds__(THREADS, T::BYTES == 2 ? RESIDENT_THREADS / THREADS : 1) quantize4bit_##dtype##_##type(const __grid_constant__ Quantize4bit op) { quantize<T, Type>(op); }
+  KERNEL __launch_bounds__(THREADS, T::BYTES == 2 ? 6 : 1) quantize4bit_##dtype##_##type(Quantize4bit op) { quantize<T, Type>(op); }
 QUANTIZE(F32, f32, Nf4, nf4)
 QUANTIZE(F32, f32, Fp4, fp4)
 QUANTIZE(F16, f16, Nf4, nf4)
@@ -241,7 +248,7 @@ DEVICE void dequantize(const Dequantize4bit& op) {
   }
   // Lane l holds the value of code l, as does lane l + 16: a shuffle looks up, and the fifth bit of its index may be anything.
   const float value = Type::value(lane & 15);
-  const u32 shift = 31 - __clz(op.blocksize);
+  const u32 shift = blockShift(op);
   const void* packed = advance(op.packed, begin / 2 + lane * VECTOR / 2);
   const float* absmax = (const float*)op.absmax + (begin >> shift);
   const u32 at = ((u32)begin & (op.blocksize - 1)) + lane * VECTOR;
@@ -271,7 +278,7 @@ DEVICE void dequantize(const Dequantize4bit& op) {
 }
 
 #define DEQUANTIZE(T, dtype, Type, type) \
-  KERNEL __launch_bounds__(THREADS) dequantize4bit_##dtype##_##type(const __grid_constant__ Dequantize4bit op) { dequantize<T, Type>(op); }
+  KERNEL __launch_bounds__(THREADS) dequantize4bit_##dtype##_##type(Dequantize4bit op) { dequantize<T, Type>(op); }
 DEQUANTIZE(F32, f32, Nf4, nf4)
 DEQUANTIZE(F32, f32, Fp4, fp4)
 DEQUANTIZE(F16, f16, Nf4, nf4)

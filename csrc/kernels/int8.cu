@@ -70,7 +70,7 @@ DEVICE void quantizeRow(const Int8VectorwiseQuant& op) {
   m = Group::largest(m);
   float absmax = floatOf(m);
   if (m >= INFINITY_BITS) {
-    if (!op.allowNonFinite && Group::thread() == 0) fault(op, row);
+    if (Group::thread() == 0) fault(faultSlot(op), row);
     m = 0;
     for (u64 i = Group::thread(); i < cols; i += Group::THREADS) {
       u32 bits = bitsOf(load<T>(x, i)) & ABS;
@@ -130,11 +130,11 @@ DEVICE void dequantizeRow(const Int8VectorwiseDequant& op) {
 
 #define ROWS(T, dtype, Group, group)                                                                             \
   KERNEL __launch_bounds__(THREADS)                                                                              \
-      int8VectorwiseQuant_##dtype##_##group(const __grid_constant__ Int8VectorwiseQuant op) {                    \
+      int8VectorwiseQuant_##dtype##_##group(Int8VectorwiseQuant op) {                    \
     quantizeRow<T, Group>(op);                                                                                   \
   }                                                                                                              \
   KERNEL __launch_bounds__(THREADS)                                                                              \
-      int8VectorwiseDequant_##dtype##_##group(const __grid_constant__ Int8VectorwiseDequant op) {                \
+      int8VectorwiseDequant_##dtype##_##group(Int8VectorwiseDequant op) {                \
     dequantizeRow<T, Group>(op);                                                                                 \
   }
 ROWS(F32, f32, Warp, warp)

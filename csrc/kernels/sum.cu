@@ -10,7 +10,7 @@ DEVICE double sumOfChunk(const T* x, u32 count) {
   double sum = 0;
   u32 lane = laneId();
   if (count == SUM_CHUNK) {
-#pragma unroll 8
+#pragma unroll
     for (u32 i = 0; i < SUM_CHUNK; i += SUM_LANES) sum += (double)x[i + lane];
   } else {
     for (u32 i = lane; i < count; i += SUM_LANES) sum += (double)x[i];
@@ -21,7 +21,7 @@ DEVICE double sumOfChunk(const T* x, u32 count) {
 }
 
 /* y[c] = sum of chunk c: a warp each. */
-KERNEL sumChunks(const __grid_constant__ SumChunks op) {
+KERNEL sumChunks(SumChunks op) {
   u64 chunk = (u64)blockIdx.x * (blockDim.x / WARP) + warpId();
   u64 first = chunk * SUM_CHUNK;
   if (first >= op.n) return;
@@ -31,7 +31,7 @@ KERNEL sumChunks(const __grid_constant__ SumChunks op) {
 }
 
 /* y[0] = f32(the rest of the tree over x / n): one block, a chunk for a warp at a time, then the chunk of their sums. */
-KERNEL __launch_bounds__(1024) meanOfSums(const __grid_constant__ MeanOfSums op) {
+KERNEL __launch_bounds__(1024) meanOfSums(MeanOfSums op) {
   __shared__ double level[SUM_CHUNK];
   const double* x = (const double*)op.x;
   u32 sums = (u32)op.sums;

@@ -1,5 +1,7 @@
+import { DTYPE_ID } from "#halfbyte/core/dtype.js";
 import type { Tensor } from "#halfbyte/core/tensor.js";
 import { type CodeSearch, dequantizeBlockwise, quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
+import { Codebook } from "#halfbyte/quant/codebook.js";
 import { createDynamicMap, createFp8Map, createLinearMap, createNormalMap } from "#halfbyte/quant/codebooks.js";
 import { random } from "../helpers/random.js";
 import * as scalar from "../helpers/scalar.js";
@@ -172,6 +174,50 @@ function dequantizeViewCase(dtype: (typeof FLOATS)[number], lead: number, blocks
   };
 }
 
+/** Kernels with an offset, which double quantization uses with f32 only. */
+function offsetCase(dtype: (typeof FLOATS)[number], kind: Kind, blocksize: number): Case {
+  const id = caseId("quantizeBlockwise", "dynamic", dtype, "n=5003", `bs=${blocksize}`, "offset", kind);
+  const n = 5003;
+  const offset = Math.fround(0.0123);
+  return {
+    id,
+    primitive: "quantizeBlockwise",
+    dtype,
+    inputs: () => ({
+      A: floats(dtype, n, kind, id),
+      offset: { dtype: "f32", shape: [], values: [offset] },
+    }),
+    run: ({ A, offset: shift }, backend): Record<string, Tensor> => {
+      const q = framed(backend, "u8", [n], 8);
+      const absmax = framed(backend, "f32", [Math.ceil(n / blocksize)], 1);
+      const y = framed(backend, dtype, [n], 3);
+      const codebook = Codebook.dynamic();
+      const common = { code: codebook.on(backend), offset: shift!, n, blocksize, dtype: DTYPE_ID[dtype] };
+      const table = codebook.tableOn(backend);
+      backend.launch("quantizeBlockwise", {
+        x: A!,
+        q: q.view,
+        absmax: absmax.view,
+        table,
+        ...common,
+        allowNonFinite: 1,
+      });
+      backend.launch("dequantizeBlockwise", { q: q.view, absmax: absmax.view, y: y.view, ...common });
+      return { q: q.base, absmax: absmax.base, y: y.base };
+    },
+    expected: ({ A }): Record<string, Host> => {
+      const code = createDynamicMap();
+      const { q, absmax } = scalar.quantizeBlockwise(A!.values, code, blocksize, offset);
+      const y = scalar.dequantizeBlockwise(q, absmax, code, blocksize, dtype, offset);
+      return {
+        q: framedHost({ dtype: "u8", shape: [n], values: q }, 8),
+        absmax: framedHost({ dtype: "f32", shape: [absmax.length], values: absmax }, 1),
+        y: framedHost({ dtype, shape: [n], values: y }, 3),
+      };
+    },
+  };
+}
+
 /** Twenty million elements that repeat with a period which is a multiple of nothing but the block. */
 function largeCase(dtype: (typeof FLOATS)[number]): Case {
   const periods = 310;
@@ -271,6 +317,9 @@ export function* blockwiseCases(): Generator<Case> {
       yield dequantizeCase("dynamic", dtype, 4097, blocksize, 1);
     }
     yield oddScalesCase(dtype);
+    for (const kind of ["normal", "edge", ...EXTREMES] as const) {
+      for (const blocksize of [32, 256, 4096]) yield offsetCase(dtype, kind, blocksize);
+    }
     for (const [lead, blocksize] of VIEWS) {
       for (const search of ["auto", "exact"] as const) yield quantizeViewCase(dtype, lead, blocksize, search);
       yield dequantizeViewCase(dtype, lead, blocksize);

@@ -156,8 +156,8 @@ export class CommandStream {
     if (!this.failure) this.fail(new BackendError("cpu", "the backend was restarted"));
     await this.stopPool();
     const words = this.words;
-    for (const word of [L.PARKED, L.LOW_WAITERS, L.ABORT, L.ARRIVED, L.FAULT, L.ERROR_CLAIM])
-      Atomics.store(words, word >> 2, 0);
+    const zeroed = [L.PARKED, L.LOW_WAITERS, L.ABORT, L.ARRIVED, L.FAULTS, L.FAULTS_TAKEN, L.ERROR_CLAIM];
+    for (const word of zeroed) Atomics.store(words, word >> 2, 0);
     Atomics.store(words, L.LOW >> 2, this.head | 0);
     for (let slot = 0; slot <= L.MAIN_SLOT; slot++) words[(L.PROGRESS + slot * L.LINE + 4) >> 2] = 1;
     this.failure = undefined;
@@ -178,6 +178,8 @@ export class CommandStream {
     this.pool = new WorkerPool(task, (reason, cause) => {
       this.fail(new BackendError("cpu", reason, this.describeRunning(), { cause }));
     });
+    // A read that was made before anything was launched already waits.
+    this.pool.keepAlive(this.listening);
     void this.pool.start();
   }
 
@@ -244,15 +246,21 @@ export class CommandStream {
     }
   }
 
+  /** The first fault of the commands below `before` that no read has taken yet; the others are dropped with it. */
   private takeFault(before: number): NonFiniteError | undefined {
-    const at = L.FAULT >> 2;
-    if (!Atomics.load(this.words, at)) return undefined;
-    const seq = this.head - ((this.head - this.words[at + 1]!) >>> 0);
-    if (seq >= before) return undefined;
-    const context = this.contexts[this.words[at + 2]!];
-    const index = this.words[at + 3]! >>> 0;
-    Atomics.store(this.words, at, 0);
-    return new NonFiniteError(context?.op ?? "kernel", context?.operand ?? "operand", index, context?.unit);
+    const { words } = this;
+    const count = Atomics.load(words, L.FAULTS >> 2);
+    let taken = words[L.FAULTS_TAKEN >> 2]!;
+    let first: NonFiniteError | undefined;
+    for (; taken !== count; taken = (taken + 1) | 0) {
+      const at = (L.FAULT_QUEUE + (taken & (L.FAULT_SLOTS - 1)) * L.FAULT_BYTES) >> 2;
+      if (this.head - ((this.head - words[at]!) >>> 0) >= before) break;
+      const context = this.contexts[words[at + 1]!];
+      const index = words[at + 2]! >>> 0;
+      first ??= new NonFiniteError(context?.op ?? "kernel", context?.operand ?? "operand", index, context?.unit);
+    }
+    Atomics.store(words, L.FAULTS_TAKEN >> 2, taken);
+    return first;
   }
 
   private throwFault(before: number): void {
