@@ -82,10 +82,13 @@ function classOf(name) {
 function parse(listing) {
   const functions = new Map();
   let own;
+  // A quantizer stores codes and scales in words of four bytes, too; what else stores four bytes is a decoder's slow way.
+  let leastStore = 0;
   for (const line of listing.split("\n")) {
     const title = /^\s*Function : (\S+)/.exec(line);
     if (title) {
       own = [];
+      leastStore = /^dequantize|Dequant/.test(title[1]) ? 8 : 4;
       functions.set(title[1], own);
       continue;
     }
@@ -105,7 +108,7 @@ function parse(listing) {
       text: line.slice(line.indexOf("*/") + 2, line.indexOf(";")).trim(),
       target: target === undefined ? undefined : Number.parseInt(target, 16),
       // Loads of eight bytes are operands.
-      wide: width === 16 || (width === 8 && STORES.has(name)) ? (moves ? width : 0) : 0,
+      wide: width === 16 || (width >= leastStore && STORES.has(name)) ? (moves ? width : 0) : 0,
       vector: moves && width === 16 ? width : 0,
     });
   }

@@ -209,6 +209,11 @@ async function runSanitizer(date) {
   for (const tool of ["memcheck", "racecheck", "initcheck"]) {
     const started = Date.now();
     const args = ["--tool", tool, "--error-exitcode", "9", process.execPath, SANITIZE];
+    // Racecheck looks at shared memory only, where no operand can plant anything.
+    if (tool !== "racecheck") {
+      const planted = await run(program, [...args, "--plant", tool], { patience: 5 * PATIENCE_MS });
+      if (planted.code === 0) fail(`compute-sanitizer ${tool} does not see a planted fault`);
+    }
     const { code, how, output } = await run(program, args, { patience: 5 * PATIENCE_MS });
     const summary = /(?:ERROR|RACECHECK) SUMMARY: (.*)/.exec(output)?.[1] ?? "no summary";
     const cases = /^\d+ cases, \d+ failures$/m.exec(output)?.[0] ?? "the program did not end";

@@ -10,6 +10,7 @@ import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { Arena, CudaStorage } from "#halfbyte/backend/cuda/arena.js";
 import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
 import { CUDA_KERNELS } from "#halfbyte/backend/cuda/kernels.js";
+import { DTYPE_ID } from "#halfbyte/core/dtype.js";
 import { KERNEL_NAMES, type KernelName, type Operands } from "#halfbyte/core/kernels.js";
 import type { Case } from "./cases/case.js";
 import { allCases } from "./cases/index.js";
@@ -57,8 +58,8 @@ function entriesOf(c: Case): Set<string> {
   const entries = new Set<string>();
   const launch = CpuBackend.prototype.launch;
   CpuBackend.prototype.launch = function (kernel: KernelName, operands: Operands<KernelName>, context) {
-    const plan = CUDA_KERNELS[kernel] as (o: Operands<KernelName>, device: { multiprocessors: number }) => unknown;
-    const chosen = plan(operands, { multiprocessors: 8 }) as { entry: string } | "driver" | undefined;
+    const plan = CUDA_KERNELS[kernel] as (o: Operands<KernelName>) => { entry: string } | "driver" | undefined;
+    const chosen = plan(operands);
     if (typeof chosen === "object") {
       const { from, to, table, offset } = operands as Record<string, unknown>;
       entries.add([chosen.entry, from, to, table ? "table" : "", offset ? "offset" : ""].join(" ").trimEnd());
@@ -89,9 +90,26 @@ function chosenCases(): Case[] {
   });
 }
 
+/** What each tool is there to find, made on purpose: a tool that says nothing of its own has not looked. */
+async function plant(kind: string): Promise<void> {
+  const gpu = new CudaBackend();
+  const at = (bytes: number) => ({ storage: gpu.allocate(bytes), byteOffset: 0 });
+  const types = { from: DTYPE_ID.f32, to: DTYPE_ID.f16 };
+  // 1,000 elements are read, and there are 999.
+  if (kind === "memcheck") gpu.launch("convert", { x: at(3996), y: at(2000), n: 1000, ...types });
+  // Nobody has written what is read.
+  if (kind === "initcheck") gpu.launch("convert", { x: at(4000), y: at(2000), n: 1000, ...types });
+  await gpu.synchronize();
+  await gpu.close();
+}
+
+const planted = process.argv.indexOf("--plant");
 const cpu = new CpuBackend({ threads: 1 });
-const cases = chosenCases();
-if (process.argv.includes("--list")) {
+const cases = planted < 0 ? chosenCases() : [];
+if (planted >= 0) {
+  allocateExactly();
+  await plant(process.argv[planted + 1] ?? "");
+} else if (process.argv.includes("--list")) {
   const entries = new Set(cases.flatMap((c) => [...entriesOf(c)]));
   for (const c of cases) console.log(c.id);
   console.log(`${cases.length} cases, ${entries.size} ways to launch ${KERNEL_NAMES.length} kernels`);

@@ -213,10 +213,10 @@ DEVICE void quantize(const Quantize4bit& op) {
   }
 }
 
-// On 16-bit types it is bound by instructions as much as by memory and needs many warps: the compiler, left alone, takes
+// Bound by instructions as much as by memory, it needs many warps: the compiler, left alone, takes
 // registers for half as many. Six blocks fill an Orin, and more would spill.
 #define QUANTIZE(T, dtype, Type, type) \
-  KERNEL __launch_bounds__(THREADS, T::BYTES == 2 ? 6 : 1) quantize4bit_##dtype##_##type(Quantize4bit op) { quantize<T, Type>(op); }
+  KERNEL __launch_bounds__(THREADS, 6) quantize4bit_##dtype##_##type(Quantize4bit op) { quantize<T, Type>(op); }
 QUANTIZE(F32, f32, Nf4, nf4)
 QUANTIZE(F32, f32, Fp4, fp4)
 QUANTIZE(F16, f16, Nf4, nf4)

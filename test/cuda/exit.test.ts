@@ -54,11 +54,15 @@ onGpu("the end of a process", () => {
     const ended = program(`${START}
       import { Worker } from "node:worker_threads";
       const worker = new Worker(\`
-        const { parentPort } = require("node:worker_threads");
-        import("\${import.meta.resolve("halfbyte")}").then(({ tensor }) => {
-          tensor([1], { device: "cuda" });
-          parentPort.postMessage("worked");
-        }).catch((error) => parentPort.postMessage({ name: error.name, reason: error.reason }));
+        import("node:worker_threads").then(async ({ parentPort }) => {
+          const { tensor } = await import("\${import.meta.resolve("halfbyte")}");
+          try {
+            tensor([1], { device: "cuda" });
+            parentPort.postMessage("worked");
+          } catch (error) {
+            parentPort.postMessage({ name: error.name, reason: error.reason });
+          }
+        });
       \`, { eval: true, execArgv: [] });
       say(await new Promise((resolve, reject) => worker.once("message", resolve).once("error", reject)));
       await worker.terminate();
