@@ -8,7 +8,7 @@
  *
  * Decoding is (q * scale) * f32(1 / 127), rounded after each step, as bitsandbytes orders it.
  */
-import { BF16, F16, F32 } from "./generated/constants";
+import { BF16, F16, F32, INT8_TINY } from "./generated/constants";
 import { Int8VectorwiseDequant as D, Int8VectorwiseQuant as Q } from "./generated/operands";
 import {
   absmaxBits,
@@ -60,7 +60,7 @@ function quantizeRows<T>(op: usize, begin: u32, end: u32): void {
 
 /** Where neither 127 * (1 / absmax) overflows nor `scaleFactor` of it. */
 function leastFast<T>(): f32 {
-  return max<f32>(minScaled<T>(), 1e-30);
+  return max<f32>(minScaled<T>(), INT8_TINY);
 }
 
 function quantizeFast<T>(x: usize, q: usize, n: u32, r: f32): void {
@@ -85,7 +85,7 @@ function rint8(v: v128, w: v128): v128 {
 /** The code of any x. NaN, also that of infinity times zero, gives 0. */
 function quantize1(x: f32, absmax: f32): i8 {
   if (absmax == 0) return 0;
-  const up: f32 = absmax < 1e-30 ? 18446744073709551616.0 : 1;
+  const up: f32 = absmax < INT8_TINY ? 18446744073709551616.0 : 1;
   const v = x * up * (<f32>127 * (<f32>1 / (absmax * up)));
   return v == v ? <i8>nearest(v) : 0;
 }

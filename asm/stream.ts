@@ -11,11 +11,7 @@
  */
 import {
   ABORT,
-  FAULT_BYTES,
-  FAULT_QUEUE,
-  FAULT_SLOTS,
   FAULTS,
-  FAULTS_TAKEN,
   FENCE,
   HEAD,
   LINE,
@@ -26,7 +22,6 @@ import {
   PROGRESS,
   RECORD_BYTES,
   RECORD_CLAIMED,
-  RECORD_CONTEXT,
   RECORD_FAULT,
   RECORD_FINISHED,
   RECORD_KERNEL,
@@ -134,29 +129,14 @@ function learnGrowth(pages: i32): void {
   while (memory.size() < pages && !atomic.load<u32>(ABORT)) wait(ABORT, 1);
 }
 
-/** Runs on one thread per command, in the order of the commands. */
+/**
+ * Runs on one thread per command, in the order of the commands. A fault stays in its record, where the main thread looks for
+ * it once FAULTS has grown.
+ */
 function complete(record: usize, k: u32): void {
-  const index = atomic.load<u32>(record + RECORD_FAULT);
-  if (index != NO_FAULT) queueFault(k, load<u32>(record + RECORD_CONTEXT), index);
+  if (atomic.load<u32>(record + RECORD_FAULT) != NO_FAULT) atomic.add<u32>(FAULTS, 1);
   atomic.store<u32>(LOW, k + 1);
   if (atomic.load<u32>(LOW_WAITERS)) atomic.notify(LOW, -1);
-}
-
-/**
- * A read reports the first fault since the read before it, so each needs one at most: once the queue is half full, only the
- * first after a fence is put into it.
- */
-function queueFault(k: u32, context: u32, index: u32): void {
-  const count = load<u32>(FAULTS);
-  const waiting = count - atomic.load<u32>(FAULTS_TAKEN);
-  const fence = atomic.load<u32>(FENCE);
-  if (waiting >= FAULT_SLOTS || (waiting >= FAULT_SLOTS / 2 && fence == load<u32>(FAULTS + 4))) return;
-  const entry = FAULT_QUEUE + (count & (FAULT_SLOTS - 1)) * FAULT_BYTES;
-  store<u32>(entry, k);
-  store<u32>(entry + 4, context);
-  store<u32>(entry + 8, index);
-  store<u32>(FAULTS + 4, fence);
-  atomic.store<u32>(FAULTS, count + 1);
 }
 
 function sleepOnLow(low: u32): void {

@@ -87,11 +87,17 @@ async function build(arch, silent) {
     config: "Release",
     silent,
     noLog: silent,
-    cMakeOptions: cross
-      ? { CMAKE_SYSTEM_NAME: "Linux", CMAKE_SYSTEM_PROCESSOR: processor, CMAKE_CXX_COMPILER: compiler }
-      : {},
+    cMakeOptions: {
+      HALFBYTE_STRICT: options.all ? "ON" : "OFF",
+      ...(cross && {
+        CMAKE_SYSTEM_NAME: "Linux",
+        CMAKE_SYSTEM_PROCESSOR: processor,
+        CMAKE_CXX_COMPILER: compiler,
+      }),
+    },
   });
-  await system.compile();
+  // An existing build folder keeps the options it was made with.
+  await (options.all ? system.rebuild() : system.compile());
   return join(out, "Release", "halfbyte.node");
 }
 

@@ -1,7 +1,8 @@
 /** What csrc/kernels includes from csrc/kernels/generated: operand structs and constants, from the sources in dist. */
+import { GEOMETRY } from "../dist/backend/cuda/kernels.js";
 import { cudaLayout } from "../dist/backend/cuda/layout.js";
 import { DTYPE_ID } from "../dist/core/dtype.js";
-import { KERNEL_NAMES, KERNELS, QUANT_TYPE_ID, SUM_CHUNK, SUM_LANES } from "../dist/core/kernels.js";
+import { INT8_TINY, KERNEL_NAMES, KERNELS, SUM_CHUNK, SUM_LANES } from "../dist/core/kernels.js";
 import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
 import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
 
@@ -65,6 +66,8 @@ function bins(name, thresholds) {
   const { scale, shift } = KEYS[name];
   const keys = Array.from(thresholds, (t) => Math.floor(rint(4 * (t * scale + shift)) / 4));
   if (new Set(keys).size !== keys.length || keys.some((k) => k < 0 || k > 31)) throw new Error(`${name}: bins`);
+  const least = Math.min(...Array.from(thresholds, (t) => 2 ** (Math.floor(Math.log2(Math.abs(t))) - 24)));
+  if (least * EXCESS < 1) throw new Error(`${name}: a value may exceed a threshold by ${least}`);
   const all = Array.from({ length: 32 }, (_, bin) => bin);
   return [
     `constexpr float ${name}_KEY_SCALE = ${float(scale)};`,
@@ -90,7 +93,6 @@ export function cudaConstants() {
     ...Object.entries(DTYPE_ID).map(([dtype, id]) => u32(`DTYPE_${dtype.toUpperCase()}`, id)),
     "",
     "// 4-bit types",
-    ...Object.entries(QUANT_TYPE_ID).map(([type, id]) => u32(`QUANT_${type.toUpperCase()}`, id)),
     array("float", "NF4_VALUES", Array.from(NF4_VALUES, float)),
     array("float", "NF4_THRESHOLDS", Array.from(NF4_THRESHOLDS, float)),
     u32("NF4_PAD", NF4_VALUES.indexOf(0)),
@@ -105,6 +107,12 @@ export function cudaConstants() {
     "// 8-bit search, src/quant/search-table.ts",
     u32("SEARCH_SHIFT", SEARCH_SHIFT),
     u32("SEARCH_HEADER", SEARCH_HEADER),
+    "",
+    "/* Below this absmax, x and absmax are both taken times 2^64, so that 127 / absmax does not overflow. */",
+    `constexpr float INT8_TINY = ${float(INT8_TINY)};`,
+    "",
+    "// Geometry, src/backend/cuda/kernels.ts",
+    ...Object.entries(GEOMETRY).map(([name, value]) => u32(name, value)),
     "",
     "// Summation tree",
     u32("SUM_CHUNK", SUM_CHUNK),

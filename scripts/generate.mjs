@@ -6,9 +6,9 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { DTYPE_ID } from "../dist/core/dtype.js";
 import {
+  INT8_TINY,
   KERNEL_FAMILY,
   KERNEL_NAMES,
-  KERNELS,
   operandLayout,
   QUANT_TYPE_ID,
   SUM_CHUNK,
@@ -125,6 +125,9 @@ async function constants() {
     "// 8-bit search, src/quant/search-table.ts",
     u32("SEARCH_SHIFT", SEARCH_SHIFT),
     u32("SEARCH_HEADER", SEARCH_HEADER),
+    "",
+    "/** Below this absmax, x and absmax are both taken times 2^64. */",
+    `export const INT8_TINY: f32 = ${float(INT8_TINY)};`,
     "",
     "// Summation tree",
     u32("SUM_CHUNK", SUM_CHUNK),

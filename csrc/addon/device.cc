@@ -60,7 +60,7 @@ const char* wordsFor(abi::Status status) {
     case abi::missingSymbol:
       return "the driver library lacks a function";
     case abi::outOfHostMemory:
-      return "host memory or handles are exhausted";
+      return "host memory, handles or threads are exhausted";
     case abi::closed:
       return "the driver library has not been opened";
   }
@@ -86,7 +86,7 @@ napi_value describe(napi_env env, napi_callback_info info) {
     if (status < 0) {
       name = nameFor(status);
       words = wordsFor(static_cast<abi::Status>(status));
-    } else if (addon.owner.load() && addon.library) {
+    } else if (addon.admits(env) == 0) {
       const char *driverName = nullptr, *driverWords = nullptr;
       if (addon.driver.getErrorName(status, &driverName) == 0 && driverName) name = driverName;
       if (addon.driver.getErrorString(status, &driverWords) == 0 && driverWords) words = driverWords;
@@ -230,9 +230,14 @@ Status releaseContext() {
     }
   }
   for (cuda::Address address; addon.allocations.takeLast(&address);) addon.driver.memFree(address);
-  addon.driver.contextSetCurrent(nullptr);
   addon.context = nullptr;
-  return addon.driver.primaryContextRelease(addon.device);
+  const Status status = addon.driver.primaryContextRelease(addon.device);
+  // Another user of the driver on this thread, a second copy of the package say, may go on in the same context.
+  unsigned flags;
+  int active = 0;
+  addon.driver.primaryContextState(addon.device, &flags, &active);
+  if (!active) addon.driver.contextSetCurrent(nullptr);
+  return status;
 }
 
 bool exportDevice(napi_env env, napi_value exports) {

@@ -40,6 +40,7 @@ constexpr int kJitErrorLogBufferSizeBytes = 6;
   X(deviceTotalMem, "cuDeviceTotalMem_v2", (size_t* bytes, Device device))                                \
   X(primaryContextRetain, "cuDevicePrimaryCtxRetain", (Context * context, Device device))                 \
   X(primaryContextRelease, "cuDevicePrimaryCtxRelease_v2", (Device device))                               \
+  X(primaryContextState, "cuDevicePrimaryCtxGetState", (Device device, unsigned* flags, int* active))     \
   X(contextSetCurrent, "cuCtxSetCurrent", (Context context))                                              \
   X(memGetInfo, "cuMemGetInfo_v2", (size_t* free, size_t* total))                                         \
   X(memAlloc, "cuMemAlloc_v2", (Address * address, size_t bytes))                                         \

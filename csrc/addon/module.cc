@@ -60,13 +60,16 @@ Status moduleLoad(Call& call) {
   if (!call.bytes(0, "image", &image)) return call.status;
   // PTX may come with the NUL that ends it.
   if (image.length && image.data[image.length - 1] == 0 && isText({image.data, image.length - 1})) image.length--;
-  if (!isText(image) && !isWholeElf(image)) {
-    return addon.fail(cuda::kInvalidImage, "neither a whole cubin nor PTX (%zu bytes)", image.length);
-  }
   auto* copy = static_cast<unsigned char*>(malloc(image.length + 1));
   if (!copy) return abi::outOfHostMemory;
-  memcpy(copy, image.data, image.length);
+  if (image.length) memcpy(copy, image.data, image.length);
   copy[image.length] = 0;
+  // The copy is what is checked: another thread may write to shared memory meanwhile.
+  image.data = copy;
+  if (!isText(image) && !isWholeElf(image)) {
+    free(copy);
+    return addon.fail(cuda::kInvalidImage, "neither a whole cubin nor PTX (%zu bytes)", image.length);
+  }
   Slot* slot = addon.handles.take(Kind::module);
   if (!slot) {
     free(copy);

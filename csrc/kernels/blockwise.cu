@@ -2,17 +2,14 @@
  * 8-bit blockwise quantization with any sorted codebook of 256 values. What is computed is said in asm/blockwise.ts; the bits
  * are the same.
  *
- * Quantizing, a warp takes tiles of four vectors a lane, as csrc/kernels/fourbit.cu does. A code is found by one look-up in the
- * search table (src/quant/search-table.ts), of which shared memory holds the part for magnitudes from 2^-31 to 2; where the
- * codebook has a boundary below that, or no table, by a binary search over the codes. The grid is small and walks over the
- * tiles, so that tables are loaded once.
+ * A code is found by one look-up in the search table (src/quant/search-table.ts), of which shared memory holds the part for
+ * magnitudes from 2^-31 to 2; where the codebook has a boundary below that, or no table, by a binary search over the codes.
+ * Quantizing, the grid is small and walks over the tiles, so that tables are loaded once.
  */
-#include "common.cuh"
+#include "blocks.cuh"
 
-constexpr u32 THREADS = 512;
+constexpr u32 THREADS = BLOCKWISE_THREADS;
 constexpr u32 WARPS = THREADS / WARP;
-/* 16-byte vectors of a thread. */
-constexpr u32 VECTORS = 4;
 
 // The search table in shared memory: 4,096 bins of positive values by bits 16 to 27 of the float, then as many of negative ones.
 
@@ -63,7 +60,7 @@ struct SharedCode {
   u32 address;
   DEVICE float operator[](u32 i) const {
     float value;
-    asm("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address + i * 4));
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address + i * 4) : "memory");
     return value;
   }
 };
@@ -95,19 +92,10 @@ __device__ __noinline__ void slowBlock(const void* x, u8* q, float* absmaxes, Gl
   x = advance(x, first * T::BYTES);
   q += first;
   float offset = shift ? *shift : 0;
-  u32 lane = laneId();
-  u32 bits = 0;
-  for (u32 i = lane; i < count; i += WARP) bits = larger(bits, bitsOf(load<T>(x, i) - offset) & ABS);
-  bits = largestOfWarp(bits);
-  float absmax = floatOf(bits);
-  if (bits >= INFINITY_BITS) {
-    if (lane == 0) fault(slot, block);
-    absmax = absmaxIgnoringNaN<T>(x, count, offset);
-  }
-  bool zero = absmax < SMALLEST_NORMAL;
-  if (lane == 0) absmaxes[block] = zero ? 0 : absmax;
+  float absmax = absmaxOfSlowBlock<T>(x, count, offset, slot, absmaxes, block);
+  bool zero = absmax == 0;
   float r = reciprocal(absmax);
-  for (u32 i = lane; i < count; i += WARP)
+  for (u32 i = laneId(); i < count; i += WARP)
     q[i] = zero ? 0 : (u8)nearest(flushed(flushed(load<T>(x, i) - offset) * r), code);
 }
 
@@ -120,73 +108,42 @@ DEVICE void slowBlock(const QuantizeBlockwise& op, u64 block) {
 
 /* Sixteen bytes of elements as float32 less the offset. */
 template <typename T, bool SHIFTED>
-DEVICE void decodeVector(uint4 v, float offset, float* x) {
-  u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (u32 i = 0; i < 4; i++) {
-    if (T::BYTES == 4) x[i] = floatOf(words[i]);
-    else decodePair<T>(words[i], x[2 * i], x[2 * i + 1]);
-  }
-  if (SHIFTED) {
+DEVICE void decodeShifted(uint4 v, float offset, float* x) {
+  decodeVector<T>(v, x);
+  if constexpr (SHIFTED) {
 #pragma unroll
     for (u32 i = 0; i < Lanes<T>::COUNT; i++) x[i] -= offset;
   }
 }
 
-/* absmaxOfBlocks of elements less the offset. */
+/* A vector of float32 that has the absmax of a vector less the offset. */
 template <typename T>
-DEVICE void absmaxOfShifted(const uint4 (&v)[VECTORS], float offset, u32 lanes, u32 (&m)[VECTORS]) {
-  uint4 largest[VECTORS];
+DEVICE uint4 absmaxOfShifted(uint4 v, float offset) {
+  float x[Lanes<T>::COUNT];
+  decodeShifted<T, true>(v, offset, x);
+  u32 bits = 0;
 #pragma unroll
-  for (u32 u = 0; u < VECTORS; u++) {
-    float x[Lanes<T>::COUNT];
-    decodeVector<T, true>(v[u], offset, x);
-    u32 bits = 0;
-#pragma unroll
-    for (u32 i = 0; i < Lanes<T>::COUNT; i++) bits = larger(bits, bitsOf(x[i]) & ABS);
-    largest[u] = make_uint4(bits, 0, 0, 0);
-  }
-  absmaxOfBlocks<F32>(largest, lanes, m);
+  for (u32 i = 0; i < Lanes<T>::COUNT; i++) bits = larger(bits, bitsOf(x[i]) & ABS);
+  return make_uint4(bits, 0, 0, 0);
 }
-
-/* A warp's tile of a launch's operands. */
-template <typename T>
-struct Tile {
-  static constexpr u32 VECTOR = Lanes<T>::COUNT;
-  static constexpr u32 ELEMENTS = VECTORS * WARP * VECTOR;
-  u64 begin;
-  /* All of it is there, with the rest of its block, and aligned: `vectors` hold it. */
-  bool whole;
-  uint4 vectors[VECTORS];
-
-  DEVICE void load(const QuantizeBlockwise& op) {
-    u32 span = op.blocksize > ELEMENTS ? op.blocksize : ELEMENTS;
-    // The warps that share a block, if any do, decide alike.
-    whole = isAligned(op.x, 16) && isAligned(op.q, 8) && (begin & ~(u64)(span - 1)) + span <= op.n;
-    if (!whole) return;
-    const void* from = advance(op.x, (begin + laneId() * VECTOR) * T::BYTES);
-#pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) vectors[u] = loadStream16(advance(from, u * WARP * 16));
-  }
-};
 
 template <typename T, bool SHIFTED, bool TABLE>
 DEVICE void quantizeTile(const QuantizeBlockwise& op, const Tile<T>& tile, float offset, u32 leastPlain, const u32* search,
                          u32* partial) {
-  constexpr u32 VECTOR = Tile<T>::VECTOR;
+  constexpr u32 VECTOR = Lanes<T>::COUNT;
   const SharedCode code = {(u32)__cvta_generic_to_shared(search)};
   const u32 blocksize = op.blocksize;
-  const u32 lane = laneId();
   u32 m[VECTORS];
-  if constexpr (SHIFTED) absmaxOfShifted<T>(tile.vectors, offset, blocksize / VECTOR, m);
-  else absmaxOfBlocks<T>(tile.vectors, blocksize / VECTOR, m);
-  if (blocksize > Tile<T>::ELEMENTS) {
-    u32 all = largestOfWarps(m[0], blocksize / Tile<T>::ELEMENTS, partial);
+  if constexpr (SHIFTED) {
+    uint4 largest[VECTORS];
 #pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) m[u] = all;
+    for (u32 u = 0; u < VECTORS; u++) largest[u] = absmaxOfShifted<T>(tile.vectors[u], offset);
+    absmaxOfTile<T, F32>(largest, blocksize, partial, m);
+  } else {
+    absmaxOfTile<T, T>(tile.vectors, blocksize, partial, m);
   }
   storeAbsmax<T>(m, (float*)op.absmax, tile.begin, blocksize, leastPlain);
-  void* q = advance(op.q, tile.begin + lane * VECTOR);
+  void* q = advance(op.q, tile.begin + laneId() * VECTOR);
   bool allPlain = true;
 #pragma unroll
   for (u32 u = 0; u < VECTORS; u++) {
@@ -194,7 +151,7 @@ DEVICE void quantizeTile(const QuantizeBlockwise& op, const Tile<T>& tile, float
     allPlain = allPlain && plain;
     float r = plainReciprocal(floatOf(m[u]));
     float x[VECTOR];
-    decodeVector<T, SHIFTED>(tile.vectors[u], offset, x);
+    decodeShifted<T, SHIFTED>(tile.vectors[u], offset, x);
 #pragma unroll
     for (u32 k = 0; k < VECTOR; k++) x[k] = (TABLE ? x[k] : flushed(x[k])) * r;
     uint2 codes;
@@ -210,36 +167,24 @@ DEVICE void quantizeTile(const QuantizeBlockwise& op, const Tile<T>& tile, float
     }
   }
   if (__all_sync(ALL_LANES, allPlain)) return;
-#pragma unroll 1
-  for (u32 u = 0; u < VECTORS; u++) {
-    // The lanes at which a block starts take care of it, one after the other.
-    u64 i = tile.begin + lane * VECTOR + u * WARP * VECTOR;
-    u32 bits = u == 0 ? m[0] : u == 1 ? m[1] : u == 2 ? m[2] : m[3];
-    u32 slow = __ballot_sync(ALL_LANES, !isPlain(bits, leastPlain) && ((u32)i & (blocksize - 1)) == 0);
-    while (slow != 0) {
-      u32 leader = __ffs(slow) - 1;
-      slow &= slow - 1;
-      slowBlock<T>(op, __shfl_sync(ALL_LANES, i, leader) >> blockShift(op));
-    }
-  }
+  eachBlockNotPlain<T>(m, tile.begin, blocksize, leastPlain, [&](u64 block) { slowBlock<T>(op, block); });
 }
 
 /* Everything from a block's first tile on, which has been loaded. */
 template <typename T, bool SHIFTED, bool TABLE>
-DEVICE void quantizeTiles(const QuantizeBlockwise& op, Tile<T>& tile, float offset, u32 leastPlain,
-                          const u32* search, u32 (*partial)[WARPS]) {
+DEVICE void quantizeTiles(const QuantizeBlockwise& op, Tile<T>& tile, float offset, u32 leastPlain, const u32* search,
+                          u32 (*partial)[WARPS]) {
+  // Two sets of maxima by turns: warps that share a block are never more than a barrier apart.
   u32 parity = 0;
   while (tile.begin < op.n) {
     if (tile.whole) {
       quantizeTile<T, SHIFTED, TABLE>(op, tile, offset, leastPlain, search, partial[parity]);
       parity ^= 1;
     } else {
-      u64 end = tile.begin + Tile<T>::ELEMENTS < op.n ? tile.begin + Tile<T>::ELEMENTS : op.n;
-      u32 shift = blockShift(op);
-      for (u64 block = (tile.begin + op.blocksize - 1) >> shift; block << shift < end; block++) slowBlock<T>(op, block);
+      eachBlockOf<T>(tile.begin, op.n, op.blocksize, [&](u64 block) { slowBlock<T>(op, block); });
     }
     tile.begin += (u64)gridDim.x * WARPS * Tile<T>::ELEMENTS;
-    if (tile.begin < op.n) tile.load(op);
+    if (tile.begin < op.n) tile.load(op.x, op.n, op.blocksize, isAligned(op.q, 8));
   }
 }
 
@@ -252,7 +197,7 @@ DEVICE void quantize(const QuantizeBlockwise& op) {
   // The first tile is under way while the table comes.
   Tile<T> tile;
   tile.begin = ((u64)blockIdx.x * WARPS + warpId()) * Tile<T>::ELEMENTS;
-  tile.load(op);
+  tile.load(op.x, op.n, op.blocksize, isAligned(op.q, 8));
   if (floor > LEAST_BINNED) {
     loadTable(entries, op.table);
     __syncthreads();
@@ -280,7 +225,7 @@ QUANTIZE(BF16, bf16)
 
 // Decoding: y[i] = code[q[i]] * absmax(block) (+ offset), rounded after each step.
 
-constexpr u32 DECODERS = 256;
+constexpr u32 DECODERS = BLOCKWISE_DECODERS;
 /* Copies of the codebook in shared memory: half the look-ups' conflicts are gone, and loading it still costs little. */
 constexpr u32 COPIES = 4;
 static_assert(COPIES * sizeof(float) == 16, "a code's values are 16 bytes");
@@ -288,7 +233,7 @@ static_assert(COPIES * sizeof(float) == 16, "a code's values are 16 bytes");
 template <typename T>
 DEVICE void dequantize(const DequantizeBlockwise& op) {
   constexpr u32 VECTOR = Lanes<T>::COUNT;
-  constexpr u32 WARP_TILE = VECTORS * WARP * VECTOR;
+  constexpr u32 WARP_TILE = Tile<T>::ELEMENTS;
   // Value v of copy c is at v * COPIES + c: lanes of different copies never want the same bank.
   __shared__ float values[256 * COPIES];
   for (u32 i = threadIdx.x; i < 256 * COPIES; i += DECODERS) values[i] = ((const float*)op.code)[i / COPIES];
@@ -296,7 +241,7 @@ DEVICE void dequantize(const DequantizeBlockwise& op) {
   const bool shifted = op.offset != 0;
   const float offset = shifted ? *(const float*)op.offset : 0;
   const bool aligned = isAligned(op.y, 16) && isAligned(op.q, 8);
-  const u32 shift = blockShift(op);
+  const u32 shift = blockShift(op.blocksize);
   const u32 lane = laneId();
   const u32 copy = lane % COPIES * 4;
   const u64 begin = (u64)blockIdx.x * (DECODERS / WARP * WARP_TILE) + warpId() * WARP_TILE;

@@ -49,30 +49,17 @@ DEVICE float reciprocal(float x) {
   return r;
 }
 
-/*
- * 1 / x, IEEE, where the bits of x lie between those of 1e-30 and 2^125: what the compiler makes of rcp.rn, without its test
- * of that range.
- */
-DEVICE float plainReciprocal(float x) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return __fmaf_rn(r, -__fmaf_rn(r, x, -1.0f), r);
-}
-
-/* The bounds of what a quantizer's fast path takes as absmax; `isPlain` wants the lower one as bits. */
-constexpr u32 LEAST_PLAIN = 0x0da24260;  // 1e-30
-constexpr u32 MOST_PLAIN = 0x7e000000;   // 2^125
-DEVICE bool isPlain(u32 absmaxBits, u32 least) { return absmaxBits - least <= MOST_PLAIN - least; }
-
 /* x with denormals flushed to zero. NaN stays: it exceeds no threshold. */
 DEVICE float flushed(float x) { return fabsf(x) < SMALLEST_NORMAL ? 0.0f : x; }
+
+/* x - least <= most - least, all unsigned. */
+DEVICE bool isBetween(u32 x, u32 least, u32 most) { return x - least <= most - least; }
 
 DEVICE u32 laneId() { return threadIdx.x & (WARP - 1); }
 DEVICE u32 warpId() { return threadIdx.x / WARP; }
 
 // Element types
 
-/* Four bytes as two 16-bit elements, or one of 32 bits. */
 struct F32 {
   typedef float Raw;
   static constexpr u32 BYTES = 4;
@@ -255,134 +242,16 @@ DEVICE u32 absmaxOfVector(uint4 v) {
   }
 }
 
-/* The largest of a value over groups of `lanes` neighbouring lanes (a power of two), in all of them. */
-DEVICE u32 largestOfLanes(u32 m, u32 lanes) {
-#pragma unroll
-  for (u32 step = WARP / 2; step > 0; step /= 2) m = larger(m, __shfl_xor_sync(ALL_LANES, m, step & (lanes - 1)));
-  return m;
-}
-
+/* The largest of a value over the warp, in all lanes. */
 DEVICE u32 largestOfWarp(u32 m) {
 #if HAS_SM80
   return __reduce_max_sync(ALL_LANES, m);
 #else
-  return largestOfLanes(m, WARP);
+#pragma unroll
+  for (u32 step = WARP / 2; step > 0; step /= 2) m = larger(m, __shfl_xor_sync(ALL_LANES, m, step));
+  return m;
 #endif
 }
-
-/* The largest |x - offset| of a block, NaN ignored, found by a warp. */
-template <typename T>
-DEVICE float absmaxIgnoringNaN(const void* x, u32 count, float offset) {
-  u32 m = 0;
-  for (u32 i = laneId(); i < count; i += WARP) {
-    u32 bits = bitsOf(load<T>(x, i) - offset) & ABS;
-    if (bits <= INFINITY_BITS) m = larger(m, bits);
-  }
-  return floatOf(largestOfWarp(m));
-}
-
-/*
- * The absmax of the blocks that a warp's vectors belong to, as bits of a float32. Lane l has VECTORS vectors, of elements
- * (u * 32 + l) * 16 / BYTES and on; `lanes` of them make a block, or (from 32 on) several whole vectors of the warp do.
- */
-template <typename T, u32 VECTORS>
-DEVICE void absmaxOfBlocks(const uint4 (&v)[VECTORS], u32 lanes, u32 (&m)[VECTORS]) {
-  static_assert(VECTORS == 4, "");
-  u32 within = (lanes < WARP ? lanes : WARP) - 1;
-  if constexpr (T::BYTES == 4) {
-#pragma unroll
-    for (u32 u = 0; u < 4; u++) m[u] = absmaxWords(v[u]);
-    if (lanes > WARP) {
-      m[0] = m[1] = larger(m[0], m[1]);
-      m[2] = m[3] = larger(m[2], m[3]);
-      if (lanes > 2 * WARP) m[0] = m[1] = m[2] = m[3] = larger(m[0], m[2]);
-    }
-#pragma unroll
-    for (u32 step = WARP / 2; step > 0; step /= 2) {
-      if (step <= within) {
-#pragma unroll
-        for (u32 u = 0; u < 4; u++) m[u] = larger(m[u], __shfl_xor_sync(ALL_LANES, m[u], step));
-      }
-    }
-  } else {
-    // Two vectors share a word, so that one shuffle serves both.
-    u32 h[4];
-#pragma unroll
-    for (u32 u = 0; u < 4; u++) h[u] = absmaxHalves<T>(v[u]);
-    u32 a = largerHalves<T>(__byte_perm(h[0], h[1], 0x5410), __byte_perm(h[0], h[1], 0x7632));
-    u32 b = largerHalves<T>(__byte_perm(h[2], h[3], 0x5410), __byte_perm(h[2], h[3], 0x7632));
-    if (lanes > WARP) {
-      a = largerHalves<T>(a, __byte_perm(a, a, 0x1032));
-      b = largerHalves<T>(b, __byte_perm(b, b, 0x1032));
-      if (lanes > 2 * WARP) a = b = largerHalves<T>(a, b);
-    }
-#pragma unroll
-    for (u32 step = WARP / 2; step > 0; step /= 2) {
-      if (step <= within) {
-        a = largerHalves<T>(a, __shfl_xor_sync(ALL_LANES, a, step));
-        b = largerHalves<T>(b, __shfl_xor_sync(ALL_LANES, b, step));
-      }
-    }
-    m[0] = widened<T>(a & 0xffff);
-    m[1] = widened<T>(a >> 16);
-    m[2] = widened<T>(b & 0xffff);
-    m[3] = widened<T>(b >> 16);
-  }
-}
-
-/*
- * A barrier of one of up to eight groups of warps. Barrier 0 is the whole block's. The numbers are constants, because a block
- * that computes them is given all sixteen, of which a multiprocessor has few.
- */
-DEVICE void groupBarrier(u32 group, u32 threads) {
-  switch (group) {
-    case 0: asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); break;
-    case 1: asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); break;
-    case 2: asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory"); break;
-    case 3: asm volatile("bar.sync 4, %0;" ::"r"(threads) : "memory"); break;
-    case 4: asm volatile("bar.sync 5, %0;" ::"r"(threads) : "memory"); break;
-    case 5: asm volatile("bar.sync 6, %0;" ::"r"(threads) : "memory"); break;
-    case 6: asm volatile("bar.sync 7, %0;" ::"r"(threads) : "memory"); break;
-    default: asm volatile("bar.sync 8, %0;" ::"r"(threads) : "memory");
-  }
-}
-
-/* The largest of a value over `warps` neighbouring warps (a power of two), which wait for each other. */
-DEVICE u32 largestOfWarps(u32 m, u32 warps, u32* partial) {
-  u32 first = warpId() & ~(warps - 1);
-  if (laneId() == 0) partial[warpId()] = m;
-  groupBarrier(first / warps, warps * WARP);
-#pragma unroll 1
-  for (u32 w = 0; w < warps; w++) m = larger(m, partial[first + w]);
-  return m;
-}
-
-/* Stores the absmax of the plain blocks that start in a warp's tile at element `begin`, from where `absmaxOfBlocks` has put it. */
-template <typename T, u32 VECTORS>
-DEVICE void storeAbsmax(const u32 (&m)[VECTORS], float* absmax, u64 begin, u32 blocksize, u32 least) {
-  constexpr u32 VECTOR = Lanes<T>::COUNT;
-  const u32 shift = 31 - __clz(blocksize);
-  const u32 i = laneId() * VECTOR;
-  absmax += (begin + i) >> shift;
-  if (blocksize <= WARP * VECTOR) {
-    const u32 step = (WARP * VECTOR) >> shift;
-    if ((i & (blocksize - 1)) == 0) {
-#pragma unroll
-      for (u32 u = 0; u < VECTORS; u++)
-        if (isPlain(m[u], least)) absmax[u * step] = floatOf(m[u]);
-    }
-  } else if (i == 0) {
-#pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) {
-      u32 at = (u32)begin + u * WARP * VECTOR;
-      if ((at & (blocksize - 1)) == 0 && isPlain(m[u], least)) absmax[(u * WARP * VECTOR) >> shift] = floatOf(m[u]);
-    }
-  }
-}
-
-/* Block sizes are powers of two. */
-template <typename Op>
-DEVICE u32 blockShift(const Op& op) { return 31 - __clz(op.blocksize); }
 
 // Faults
 

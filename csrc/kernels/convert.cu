@@ -4,8 +4,8 @@
  */
 #include "common.cuh"
 
-constexpr u32 THREADS = 256;
-constexpr u32 TILE = 2048;
+constexpr u32 THREADS = CONVERT_THREADS;
+constexpr u32 TILE = CONVERT_TILE;
 
 struct I8 {
   typedef i8 Raw;

@@ -2,17 +2,13 @@
  * 4-bit quantization to NF4 and FP4. Two codes a byte, the first element in the high nibble. What is computed is said in
  * asm/fourbit.ts; the bits are the same.
  *
- * Quantizing, a warp takes a tile of four vectors a lane, whole blocks of up to that size; the warps of a larger block find
- * its absmax together. A scaled value finds its code with one look-up: a bin of scaled values holds at most one threshold, so
- * the bin's rank and one comparison decide exactly. Whatever is not plain (the end, unaligned addresses, tiny, huge or
- * non-finite blocks) goes to `slowBlock`, a warp per block.
+ * A scaled value finds its code with one look-up: a bin of scaled values holds at most one threshold, so the bin's rank and
+ * one comparison decide exactly. Decoding, a lane's register holds a code's value and a shuffle looks it up.
  */
-#include "common.cuh"
+#include "blocks.cuh"
 
-constexpr u32 THREADS = 256;
+constexpr u32 THREADS = FOURBIT_THREADS;
 constexpr u32 WARPS = THREADS / WARP;
-/* 16-byte vectors of a thread. */
-constexpr u32 VECTORS = 4;
 
 /*
  * The bins of scaled values: for the one threshold that a bin may hold, -threshold * BIN_EXCESS, and the number of lower ones.
@@ -72,19 +68,10 @@ __device__ __noinline__ void slowBlock(const void* x, u8* packed, float* absmaxe
   u32 count = n - first < blocksize ? (u32)(n - first) : blocksize;
   x = advance(x, first * T::BYTES);
   packed += first / 2;
-  u32 lane = laneId();
-  u32 bits = 0;
-  for (u32 i = lane; i < count; i += WARP) bits = larger(bits, bitsOf(load<T>(x, i)) & ABS);
-  bits = largestOfWarp(bits);
-  float absmax = floatOf(bits);
-  if (bits >= INFINITY_BITS) {
-    if (lane == 0) fault(slot, block);
-    absmax = absmaxIgnoringNaN<T>(x, count, 0);
-  }
-  bool zero = absmax < SMALLEST_NORMAL;
-  if (lane == 0) absmaxes[block] = zero ? 0 : absmax;
+  float absmax = absmaxOfSlowBlock<T>(x, count, 0, slot, absmaxes, block);
+  bool zero = absmax == 0;
   float r = reciprocal(absmax);
-  for (u32 i = 2 * lane; i < count; i += 2 * WARP) {
+  for (u32 i = 2 * laneId(); i < count; i += 2 * WARP) {
     u32 high = zero ? 0 : Type::exactCode(flushed(flushed(load<T>(x, i)) * r));
     u32 low = Type::PAD;
     if (i + 1 < count) low = zero ? 0 : Type::exactCode(flushed(flushed(load<T>(x, i + 1)) * r));
@@ -120,13 +107,13 @@ DEVICE float append(float ranks, float s, const Bins& bins, float least) {
 
 /* The ranks of four scaled elements in 16 bits, in the order of memory, after 2^23. */
 template <typename Type>
-DEVICE u32 ranks4(float a, float b, float c, float d, const Bins& bins, float least) {
+DEVICE u32 ranks4(const float* s, const Bins& bins, float least) {
   float rank, above;
-  lookUp<Type>(c, bins, rank, above);
-  float ranks = Type::signRank(rank + above, c, least);
-  ranks = append<Type>(ranks, d, bins, least);
-  ranks = append<Type>(ranks, a, bins, least);
-  ranks = append<Type>(ranks, b, bins, least);
+  lookUp<Type>(s[2], bins, rank, above);
+  float ranks = Type::signRank(rank + above, s[2], least);
+  ranks = append<Type>(ranks, s[3], bins, least);
+  ranks = append<Type>(ranks, s[0], bins, least);
+  ranks = append<Type>(ranks, s[1], bins, least);
   return bitsOf(ranks + ROUND_UNSIGNED);
 }
 
@@ -134,24 +121,19 @@ DEVICE u32 ranks4(float a, float b, float c, float d, const Bins& bins, float le
 template <typename T, typename Type>
 DEVICE u32 codesOfVector(uint4 v, float r, const Bins& bins) {
   float least = -(fmaxf(r, 1.0f) * SMALLEST_NORMAL);
-  if constexpr (T::BYTES == 4)
-    return Type::codes8(ranks4<Type>(floatOf(v.x) * r, floatOf(v.y) * r, floatOf(v.z) * r, floatOf(v.w) * r, bins, least));
-  float x[8];
-  decodePair<T>(v.x, x[0], x[1]);
-  decodePair<T>(v.y, x[2], x[3]);
-  decodePair<T>(v.z, x[4], x[5]);
-  decodePair<T>(v.w, x[6], x[7]);
+  constexpr u32 VECTOR = Lanes<T>::COUNT;
+  float x[VECTOR];
+  decodeVector<T>(v, x);
 #pragma unroll
-  for (u32 k = 0; k < 8; k++) x[k] *= r;
-  u32 low = ranks4<Type>(x[0], x[1], x[2], x[3], bins, least);
-  u32 high = ranks4<Type>(x[4], x[5], x[6], x[7], bins, least);
-  return Type::codes8(__byte_perm(low, high, 0x5410));
+  for (u32 k = 0; k < VECTOR; k++) x[k] *= r;
+  u32 ranks = ranks4<Type>(x, bins, least);
+  if constexpr (VECTOR == 8) ranks = __byte_perm(ranks, ranks4<Type>(x + 4, bins, least), 0x5410);
+  return Type::codes8(ranks);
 }
 
 template <typename T, typename Type>
 DEVICE void quantize(const Quantize4bit& op) {
   constexpr u32 VECTOR = Lanes<T>::COUNT;
-  constexpr u32 WARP_TILE = VECTORS * WARP * VECTOR;
   __shared__ Bins bins;
   __shared__ u32 partial[WARPS];
   if (threadIdx.x < 32) {
@@ -160,61 +142,35 @@ DEVICE void quantize(const Quantize4bit& op) {
   }
   __syncthreads();
 
+  auto slow = [&](u64 block) { slowBlock<T, Type>(op, block); };
   const u32 blocksize = op.blocksize;
-  const u32 shift = blockShift(op);
-  // The warps that share a block, if any do, leave together.
-  const u32 span = blocksize > WARP_TILE ? blocksize : WARP_TILE;
-  const u64 begin = (u64)blockIdx.x * (WARPS * WARP_TILE) + warpId() * WARP_TILE;
-  const u64 first = begin & ~(u64)(span - 1);
-  if (first + span > op.n || !isAligned(op.x, 16) || !isAligned(op.packed, 4)) {
-    u64 end = begin + WARP_TILE < op.n ? begin + WARP_TILE : op.n;
-    for (u64 block = (begin + blocksize - 1) >> shift; block << shift < end; block++) slowBlock<T, Type>(op, block);
+  Tile<T> tile;
+  tile.begin = ((u64)blockIdx.x * WARPS + warpId()) * Tile<T>::ELEMENTS;
+  tile.load(op.x, op.n, blocksize, isAligned(op.packed, 4));
+  if (!tile.whole) {
+    eachBlockOf<T>(tile.begin, op.n, blocksize, slow);
     return;
   }
-
-  const u32 lane = laneId();
-  const void* x = advance(op.x, (begin + lane * VECTOR) * T::BYTES);
-  uint4 v[VECTORS];
-#pragma unroll
-  for (u32 u = 0; u < VECTORS; u++) v[u] = loadStream16(advance(x, u * WARP * 16));
   u32 m[VECTORS];
-  absmaxOfBlocks<T>(v, blocksize / VECTOR, m);
-  if (blocksize > WARP_TILE) {
-    u32 all = largestOfWarps(m[0], blocksize / WARP_TILE, partial);
-#pragma unroll
-    for (u32 u = 0; u < VECTORS; u++) m[u] = all;
-  }
-
-  storeAbsmax<T>(m, (float*)op.absmax, begin, blocksize, LEAST_PLAIN);
-  void* packed = advance(op.packed, begin / 2 + lane * VECTOR / 2);
+  absmaxOfTile<T>(tile.vectors, blocksize, partial, m);
+  storeAbsmax<T>(m, (float*)op.absmax, tile.begin, blocksize, LEAST_PLAIN);
+  void* packed = advance(op.packed, (tile.begin + laneId() * VECTOR) / 2);
   bool allPlain = true;
 #pragma unroll
   for (u32 u = 0; u < VECTORS; u++) {
     bool plain = isPlain(m[u], LEAST_PLAIN);
     allPlain = allPlain && plain;
-    u32 codes = codesOfVector<T, Type>(v[u], plainReciprocal(floatOf(m[u])), bins);
+    u32 codes = codesOfVector<T, Type>(tile.vectors[u], plainReciprocal(floatOf(m[u])), bins);
     if (plain) {
       if constexpr (VECTOR == 8) *(u32*)advance(packed, u * WARP * 4) = codes;
       else *(u16*)advance(packed, u * WARP * 2) = (u16)codes;
     }
   }
-  if (__all_sync(ALL_LANES, allPlain)) return;
-#pragma unroll 1
-  for (u32 u = 0; u < VECTORS; u++) {
-    // The lanes at which a block starts take care of it, one after the other.
-    u32 i = lane * VECTOR + u * WARP * VECTOR;
-    u32 bits = u == 0 ? m[0] : u == 1 ? m[1] : u == 2 ? m[2] : m[3];
-    u32 slow = __ballot_sync(ALL_LANES, !isPlain(bits, LEAST_PLAIN) && (((u32)begin + i) & (blocksize - 1)) == 0);
-    while (slow != 0) {
-      u32 from = __ffs(slow) - 1;
-      slow &= slow - 1;
-      slowBlock<T, Type>(op, (begin + __shfl_sync(ALL_LANES, i, from)) >> shift);
-    }
-  }
+  if (!__all_sync(ALL_LANES, allPlain)) eachBlockNotPlain<T>(m, tile.begin, blocksize, LEAST_PLAIN, slow);
 }
 
-// Bound by instructions as much as by memory, it needs many warps: the compiler, left alone, takes
-// registers for half as many. Six blocks fill an Orin, and more would spill.
+// Bound by instructions as much as by memory, it needs many warps: the compiler, left alone, takes registers for half as many.
+// Six blocks fill an Orin, and more would spill.
 #define QUANTIZE(T, dtype, Type, type) \
   KERNEL __launch_bounds__(THREADS, 6) quantize4bit_##dtype##_##type(Quantize4bit op) { quantize<T, Type>(op); }
 QUANTIZE(F32, f32, Nf4, nf4)
@@ -232,14 +188,14 @@ DEVICE void decodeSlowly(const Dequantize4bit& op, u64 begin, u64 end) {
   for (u64 i = begin + laneId(); i < end; i += WARP) {
     u32 byte = ((const u8*)op.packed)[i / 2];
     u32 code = i & 1 ? byte & 15 : byte >> 4;
-    store<T>(op.y, i, Type::value(code) * ((const float*)op.absmax)[i / op.blocksize]);
+    store<T>(op.y, i, Type::value(code) * ((const float*)op.absmax)[i >> blockShift(op.blocksize)]);
   }
 }
 
 template <typename T, typename Type>
 DEVICE void dequantize(const Dequantize4bit& op) {
   constexpr u32 VECTOR = Lanes<T>::COUNT;
-  constexpr u32 WARP_TILE = VECTORS * WARP * VECTOR;
+  constexpr u32 WARP_TILE = Tile<T>::ELEMENTS;
   const u32 lane = laneId();
   const u64 begin = (u64)blockIdx.x * (WARPS * WARP_TILE) + warpId() * WARP_TILE;
   if (begin + WARP_TILE > op.n || !isAligned(op.y, 16) || !isAligned(op.packed, 4)) {
@@ -248,7 +204,7 @@ DEVICE void dequantize(const Dequantize4bit& op) {
   }
   // Lane l holds the value of code l, as does lane l + 16: a shuffle looks up, and the fifth bit of its index may be anything.
   const float value = Type::value(lane & 15);
-  const u32 shift = blockShift(op);
+  const u32 shift = blockShift(op.blocksize);
   const void* packed = advance(op.packed, begin / 2 + lane * VECTOR / 2);
   const float* absmax = (const float*)op.absmax + (begin >> shift);
   const u32 at = ((u32)begin & (op.blocksize - 1)) + lane * VECTOR;

@@ -2,12 +2,10 @@
  * Row-wise int8 quantization (LLM.int8() weights and activations). What is computed is said in asm/int8.ts; the bits are the
  * same. A short row is a warp's, a long one a block's; a row is read twice, the second time from the cache.
  */
-#include "common.cuh"
+#include "blocks.cuh"
 
-constexpr u32 THREADS = 256;
+constexpr u32 THREADS = ROW_THREADS;
 constexpr float INVERSE_127 = 1.0f / 127.0f;
-/* Below this absmax, x and absmax are both taken times 2^64, so that 127 / absmax does not overflow. */
-constexpr float LEAST_FAST = 1e-30f;
 constexpr float UP = 18446744073709551616.0f;
 
 /* The threads that share a row. */
@@ -37,7 +35,7 @@ struct Block {
 /* The code of any x. NaN, also that of infinity times zero, gives 0. */
 DEVICE i8 exactCode(float x, float absmax) {
   if (absmax == 0) return 0;
-  float up = absmax < LEAST_FAST ? UP : 1.0f;
+  float up = absmax < INT8_TINY ? UP : 1.0f;
   float v = x * up * (127.0f * reciprocal(absmax * up));
   return v == v ? (i8)(i32)rintf(v) : 0;
 }
@@ -47,11 +45,6 @@ DEVICE u32 codes4(float a, float b, float c, float d, float factor) {
   u32 ab = __byte_perm(bitsOf(a * factor + ROUND_SIGNED), bitsOf(b * factor + ROUND_SIGNED), 0x0040);
   u32 cd = __byte_perm(bitsOf(c * factor + ROUND_SIGNED), bitsOf(d * factor + ROUND_SIGNED), 0x0040);
   return __byte_perm(ab, cd, 0x5410);
-}
-
-template <typename T>
-DEVICE uint4 loadVector(const void* x, u32 i) {
-  return *(const uint4*)advance(x, (u64)i * T::BYTES);
 }
 
 template <typename T, typename Group>
@@ -79,21 +72,15 @@ DEVICE void quantizeRow(const Int8VectorwiseQuant& op) {
     absmax = floatOf(Group::largest(m));
     vectors = 0;
   }
-  if (absmax < LEAST_FAST) vectors = 0;
+  if (absmax < INT8_TINY) vectors = 0;
   if (Group::thread() == 0) ((float*)op.scale)[row] = absmax;
   float factor = 127.0f * reciprocal(absmax);
   for (u64 i = Group::thread() * VECTOR; i < vectors; i += Group::THREADS * VECTOR) {
-    uint4 v = *(const uint4*)advance(x, i * T::BYTES);
-    if (VECTOR == 4) {
-      *(u32*)(q + i) = codes4(floatOf(v.x), floatOf(v.y), floatOf(v.z), floatOf(v.w), factor);
-    } else {
-      float y[8];
-      decodePair<T>(v.x, y[0], y[1]);
-      decodePair<T>(v.y, y[2], y[3]);
-      decodePair<T>(v.z, y[4], y[5]);
-      decodePair<T>(v.w, y[6], y[7]);
-      *(uint2*)(q + i) = make_uint2(codes4(y[0], y[1], y[2], y[3], factor), codes4(y[4], y[5], y[6], y[7], factor));
-    }
+    float y[VECTOR];
+    decodeVector<T>(*(const uint4*)advance(x, i * T::BYTES), y);
+    u32 codes = codes4(y[0], y[1], y[2], y[3], factor);
+    if constexpr (VECTOR == 8) *(uint2*)(q + i) = make_uint2(codes, codes4(y[4], y[5], y[6], y[7], factor));
+    else *(u32*)(q + i) = codes;
   }
   for (u64 i = vectors + Group::thread(); i < cols; i += Group::THREADS) q[i] = exactCode(load<T>(x, i), absmax);
 }

@@ -21,7 +21,7 @@ DEVICE double sumOfChunk(const T* x, u32 count) {
 }
 
 /* y[c] = sum of chunk c: a warp each. */
-KERNEL sumChunks(SumChunks op) {
+KERNEL __launch_bounds__(SUM_THREADS) sumChunks(SumChunks op) {
   u64 chunk = (u64)blockIdx.x * (blockDim.x / WARP) + warpId();
   u64 first = chunk * SUM_CHUNK;
   if (first >= op.n) return;
@@ -31,7 +31,7 @@ KERNEL sumChunks(SumChunks op) {
 }
 
 /* y[0] = f32(the rest of the tree over x / n): one block, a chunk for a warp at a time, then the chunk of their sums. */
-KERNEL __launch_bounds__(1024) meanOfSums(MeanOfSums op) {
+KERNEL __launch_bounds__(MEAN_THREADS) meanOfSums(MeanOfSums op) {
   __shared__ double level[SUM_CHUNK];
   const double* x = (const double*)op.x;
   u32 sums = (u32)op.sums;

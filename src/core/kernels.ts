@@ -102,6 +102,9 @@ export type KernelFamily = (typeof KERNEL_FAMILY)[KernelName];
 /** The number that asm/ and csrc/ know a 4-bit type by. */
 export const QUANT_TYPE_ID = { nf4: 0, fp4: 1 } as const;
 
+/** Below this absmax, int8 rows are quantized with x and absmax both times 2^64, so that 127 / absmax does not overflow. */
+export const INT8_TINY = 1e-30;
+
 /** Elements of one chunk of the summation tree, and its lanes (see docs/architecture.md, "The summation tree"). */
 export const SUM_CHUNK = 1024;
 export const SUM_LANES = 32;

@@ -15,28 +15,6 @@ import {
   viewBytes,
 } from "./typedarray.js";
 
-/** Storage that several tensors (views) share; given back with the last of them. */
-class SharedStorage {
-  refs = 0;
-  constructor(
-    readonly backend: Backend,
-    readonly storage: Storage,
-  ) {}
-  retain(): this {
-    this.refs++;
-    return this;
-  }
-  drop(): void {
-    if (--this.refs === 0) this.backend.release(this.storage);
-  }
-}
-
-// Safety net for tensors that nobody disposed: the collector's word only enqueues a release ordered with the stream.
-const collected = new FinalizationRegistry<{ shared: SharedStorage; counted: Counter }>(({ shared, counted }) => {
-  counted.tensors--;
-  shared.drop();
-});
-
 interface Counter {
   tensors: number;
 }
@@ -49,6 +27,30 @@ function counterOf(backend: Backend): Counter {
   }
   return counter;
 }
+
+/** Storage that several tensors (views) share; given back with the last of them. */
+class SharedStorage {
+  private readonly counter: Counter;
+  private refs = 0;
+  constructor(
+    private readonly backend: Backend,
+    readonly storage: Storage,
+  ) {
+    this.counter = counterOf(backend);
+  }
+  retain(): this {
+    this.refs++;
+    this.counter.tensors++;
+    return this;
+  }
+  drop(): void {
+    this.counter.tensors--;
+    if (--this.refs === 0) this.backend.release(this.storage);
+  }
+}
+
+// Safety net for tensors that nobody disposed: the collector's word only enqueues a release ordered with the stream.
+const collected = new FinalizationRegistry<SharedStorage>((shared) => shared.drop());
 
 /** Tensors of a backend that are neither disposed nor collected. */
 export function liveTensors(backend: Backend): number {
@@ -64,7 +66,6 @@ export function liveTensors(backend: Backend): number {
 export class Tensor<D extends DType = DType> implements Address {
   readonly size: number;
   private shared: SharedStorage | undefined;
-  private readonly counter: Counter;
 
   private constructor(
     readonly backend: Backend,
@@ -76,9 +77,7 @@ export class Tensor<D extends DType = DType> implements Address {
   ) {
     this.size = sizeOf(shape);
     this.shared = shared.retain();
-    this.counter = counterOf(backend);
-    this.counter.tensors++;
-    collected.register(this, { shared, counted: this.counter }, this);
+    collected.register(this, shared, this);
     adopt(this);
   }
 
@@ -207,13 +206,21 @@ export class Tensor<D extends DType = DType> implements Address {
     return new Tensor(this.backend, this.dtype, shape, shared, this.byteOffset + begin * rowBytes);
   }
 
+  /** Whether the two have a byte of memory in common. */
+  overlaps(other: Tensor): boolean {
+    return (
+      this.storage === other.storage &&
+      this.byteOffset < other.byteOffset + other.byteLength &&
+      other.byteOffset < this.byteOffset + this.byteLength
+    );
+  }
+
   /** Gives the memory back (with the last view), ordered with the stream. Calling it twice is allowed. */
   dispose(): void {
     const shared = this.shared;
     if (!shared) return;
     this.shared = undefined;
     collected.unregister(this);
-    this.counter.tensors--;
     shared.drop();
   }
 
@@ -247,7 +254,10 @@ export class Tensor<D extends DType = DType> implements Address {
     } else if (source.dtype !== this.dtype) {
       source.convertInto(this);
     } else if (source.storage !== this.storage || source.byteOffset !== this.byteOffset) {
-      this.backend.launch("copy", { src: source, dst: this, bytes: this.byteLength });
+      // Parts of one tensor that overlap: a copy kernel may not see that.
+      const apart = source.overlaps(this) ? source.clone() : source;
+      this.backend.launch("copy", { src: apart, dst: this, bytes: this.byteLength });
+      if (apart !== source) apart.dispose();
     }
   }
 

@@ -6,7 +6,8 @@ import { tidy } from "../core/scope.js";
 import { ceilDiv } from "../core/shape.js";
 import { Tensor } from "../core/tensor.js";
 import { Codebook } from "../quant/codebook.js";
-import { QuantState } from "../quant/state.js";
+import { QuantState, type QuantStateFields } from "../quant/state.js";
+import type { QuantType } from "../quant/types.js";
 import { checkBlocksize, checkFloat, checkTensor, output } from "./check.js";
 import { mean } from "./sum.js";
 
@@ -69,24 +70,32 @@ export function quantizeBlockwise(A: Tensor, options: QuantizeBlockwiseOptions =
   if (nested && options.absmax) throw new ArgumentError(op, "absmax", "no tensor together with nested", "one");
   return tidy(() => {
     const { backend } = A;
-    const out = output(op, "out", options.out, backend, "u8", A.shape);
-    const absmax = output(op, "absmax", options.absmax, backend, "f32", [ceilDiv(A.size, blocksize)]);
+    const out = output(op, "out", options.out, backend, "u8", A.shape, { A });
+    const absmax = output(op, "absmax", options.absmax, backend, "f32", [ceilDiv(A.size, blocksize)], { A, out });
     launchQuantize(A, null, out, absmax, code, blocksize, allowNonFinite, search);
-    const fields = { shape: A.shape, dtype: A.dtype, blocksize, code };
-    if (!nested) return [out, new QuantState({ ...fields, absmax })];
-    return [out, new QuantState({ ...fields, ...nest(absmax, blocksize) })];
+    return [out, stateOf(A, nested ? nest(absmax, blocksize) : { absmax }, blocksize, undefined, code)];
   });
+}
+
+/** The scales of a state: as they are, or quantized. */
+export type Scales = Pick<QuantStateFields, "absmax" | "offset" | "state2">;
+
+/** The state of what `A` was quantized to. */
+export function stateOf(
+  { shape, dtype }: Tensor<FloatDType>,
+  { absmax, offset, state2 }: Scales,
+  blocksize: number,
+  quantType?: QuantType,
+  code?: Codebook,
+): QuantState {
+  return new QuantState({ absmax, shape, dtype, blocksize, quantType, code, offset, state2 });
 }
 
 /**
  * Double quantization of scales: their mean (`offset`), and 8-bit dynamic codes of what is left.
  * For ops that offer it; the f32 `absmax` is used up. The golden check gives the offset that somebody else has computed.
  */
-export function nest(
-  absmax: Tensor<"f32">,
-  blocksize: number,
-  offset: Tensor<"f32"> = mean(absmax),
-): { absmax: Tensor; offset: Tensor<"f32">; state2: QuantState } {
+export function nest(absmax: Tensor<"f32">, blocksize: number, offset: Tensor<"f32"> = mean(absmax)): Required<Scales> {
   const { backend } = absmax;
   const code = Codebook.dynamic();
   const codes = Tensor.allocate(backend, "u8", absmax.shape);
@@ -175,7 +184,7 @@ export function dequantizeBlockwise(
     checkTensor(op, "absmax", absmax, ["f32"], backend);
     checkBlocks(op, absmax, A.size, blocksize);
     const shape = state && A.size === state.shape.reduce((a, b) => a * b, 1) ? state.shape : A.shape;
-    const y = output(op, "out", options.out, backend, dtype, shape);
+    const y = output(op, "out", options.out, backend, dtype, shape, { A, absmax });
     backend.launch("dequantizeBlockwise", {
       q: A,
       absmax,
@@ -200,6 +209,7 @@ export function unnest(op: string, state: QuantState): Tensor<"f32"> {
   checkTensor(op, "state.absmax", absmax, ["u8"]);
   checkTensor(op, "state.offset", offset, ["f32"], backend);
   checkTensor(op, "state.state2.absmax", state2.absmax, ["f32"], backend);
+  checkBlocksize(op, state2.blocksize);
   checkBlocks(op, state2.absmax, absmax.size, state2.blocksize);
   const y = Tensor.allocate(backend, "f32", absmax.shape);
   backend.launch("dequantizeBlockwise", {

@@ -48,8 +48,9 @@ export function checkChoice<T extends string>(op: string, option: string, value:
 }
 
 /**
- * The tensor an op writes to: the caller's `out` after checks (same number of elements; any shape), or a new one.
- * @throws as `checkTensor`, ShapeError
+ * The tensor an op writes to: the caller's `out` after checks (same number of elements; any shape; no byte in common with the
+ * other operands, which kernels read while they write), or a new one.
+ * @throws as `checkTensor`, ShapeError, ArgumentError (overlap)
  */
 export function output<D extends DType>(
   op: string,
@@ -58,6 +59,7 @@ export function output<D extends DType>(
   backend: Backend,
   dtype: D,
   shape: Shape,
+  others: Readonly<Record<string, Tensor>>,
 ): Tensor<D> {
   if (given === undefined) return Tensor.allocate(backend, dtype, shape);
   checkTensor(op, operand, given, [dtype], backend);
@@ -68,6 +70,11 @@ export function output<D extends DType>(
       `${sizeOf(shape)} elements as in ${formatShape(shape)}`,
       formatShape(given.shape),
     );
+  }
+  for (const [name, other] of Object.entries(others)) {
+    if (given.overlaps(other)) {
+      throw new ArgumentError(op, operand, `memory apart from ${name}`, `a tensor that shares bytes with ${name}`);
+    }
   }
   return sameShape(given.shape, shape) ? given : given.reshape(shape);
 }

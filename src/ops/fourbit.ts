@@ -7,7 +7,7 @@ import { ceilDiv, sizeOf } from "../core/shape.js";
 import type { Tensor } from "../core/tensor.js";
 import { QuantState } from "../quant/state.js";
 import { NESTED_BLOCKSIZE, QUANT_TYPES, type QuantType } from "../quant/types.js";
-import { checkBlocks, nest, unnest } from "./blockwise.js";
+import { checkBlocks, nest, type Scales, stateOf, unnest } from "./blockwise.js";
 import { checkBlocksize, checkChoice, checkFloat, checkTensor, output } from "./check.js";
 
 export const fourbitPrimitives = {
@@ -72,18 +72,27 @@ export function quantize4bit(A: Tensor, options: Quantize4bitOptions = {}): [Ten
     const { backend } = A;
     const bytes = ceilDiv(A.size, 2);
     const itemsize = DTYPE_BYTES[quantStorage];
-    const packed = output(op, "out", options.out, backend, quantStorage, [ceilDiv(bytes, itemsize), 1]);
-    const absmax = output(op, "absmax", options.absmax, backend, "f32", [ceilDiv(A.size, blocksize)]);
+    const packed = output(op, "out", options.out, backend, quantStorage, [ceilDiv(bytes, itemsize), 1], { A });
+    const blocks = ceilDiv(A.size, blocksize);
+    const absmax = output(op, "absmax", options.absmax, backend, "f32", [blocks], { A, out: packed });
     if (packed.byteLength > bytes) {
       const last = { storage: packed.storage, byteOffset: packed.byteOffset + packed.byteLength - itemsize };
       backend.launch("fill", { dst: last, bytes: itemsize, value: 0 });
     }
-    const operands = { x: A, packed, absmax, n: A.size, blocksize, dtype: DTYPE_ID[A.dtype] };
-    const allowNonFinite = options.allowNonFinite ? 1 : 0;
-    backend.launch("quantize4bit", { ...operands, quantType: QUANT_TYPE_ID[quantType], allowNonFinite }, CONTEXT);
-    const fields = { shape: A.shape, dtype: A.dtype, blocksize, quantType };
-    if (!compressStatistics) return [packed, new QuantState({ ...fields, absmax })];
-    return [packed, new QuantState({ ...fields, ...nest(absmax, NESTED_BLOCKSIZE) })];
+    // Objects are written out here and in the other ops: spreading one costs as much as half a launch.
+    const operands = {
+      x: A,
+      packed,
+      absmax,
+      n: A.size,
+      blocksize,
+      dtype: DTYPE_ID[A.dtype],
+      quantType: QUANT_TYPE_ID[quantType],
+      allowNonFinite: options.allowNonFinite ? 1 : 0,
+    };
+    backend.launch("quantize4bit", operands, CONTEXT);
+    const scales: Scales = compressStatistics ? nest(absmax, NESTED_BLOCKSIZE) : { absmax };
+    return [packed, stateOf(A, scales, blocksize, quantType)];
   });
 }
 
@@ -117,9 +126,9 @@ export function dequantize4bit(A: Tensor, state: QuantState, options: Dequantize
     const absmax = state.nested ? unnest(op, state) : state.absmax;
     checkTensor(op, "state.absmax", absmax, ["f32"], backend);
     checkBlocks(op, absmax, n, blocksize);
-    const y = output(op, "out", options.out, backend, dtype, shape);
-    const operands = { packed: A, absmax, y, n, blocksize, dtype: DTYPE_ID[dtype] };
-    backend.launch("dequantize4bit", { ...operands, quantType: QUANT_TYPE_ID[quantType] });
+    const y = output(op, "out", options.out, backend, dtype, shape, { A, absmax });
+    const type = QUANT_TYPE_ID[quantType];
+    backend.launch("dequantize4bit", { packed: A, absmax, y, n, blocksize, dtype: DTYPE_ID[dtype], quantType: type });
     return y;
   });
 }

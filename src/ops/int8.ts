@@ -84,7 +84,7 @@ export function int8VectorwiseDequant<D extends FloatDType = "f32">(
   const [rows, cols] = rowsOf(op, "A", A);
   if (stats.size !== rows) throw new ShapeError(op, "stats", `${rows} scales, one per row`, `${stats.size}`);
   return tidy(() => {
-    const y = output(op, "out", options.out, A.backend, dtype, A.shape);
+    const y = output(op, "out", options.out, A.backend, dtype, A.shape, { A, stats });
     A.backend.launch("int8VectorwiseDequant", { q: A, scale: stats, y, rows, cols, dtype: DTYPE_ID[dtype] });
     return y;
   });

@@ -90,8 +90,41 @@ function differing(what: string, actual: Uint8Array, expected: Uint8Array): stri
   return `${what} differ from plain JavaScript, first at byte ${at < 0 ? expected.length : at}`;
 }
 
-/** Normally distributed numbers from a fixed seed. */
+/**
+ * The mantissas whose reciprocal one Newton step from a neighbour of the right number does not reach: the kernels for a GPU rely
+ * on its approximation being right there.
+ */
+const HARD_MANTISSAS = [
+  0x069913, 0x07cc45, 0x0efa43, 0x109909, 0x186799, 0x1beaaf, 0x20ddd1, 0x224cf7, 0x26449f, 0x2aaaac, 0x2b8be1,
+  0x2d1367, 0x384a93, 0x423dc3, 0x50ac19, 0x50dd0d, 0x525d25, 0x543d43, 0x5c23dd, 0x5e86a9, 0x605475, 0x61368b,
+  0x625473, 0x6c7ec7, 0x6e4bc5, 0x700ff1, 0x702a3b, 0x70ff0f, 0x7c3237, 0x7e01ff, 0x7ffffd, 0x7fffff,
+];
+const ONE_BITS = 0x3f800000;
+
+/** Blocks with such a number as absmax, and else what lies within two float32 of a threshold: codes show the last bit of 1/absmax. */
+export function hardBlocks(): Float32Array<ArrayBuffer> {
+  const x = new Float32Array(HARD_MANTISSAS.length * BLOCKSIZE);
+  const bits = new Int32Array(x.buffer);
+  for (const [block, mantissa] of HARD_MANTISSAS.entries()) {
+    const first = block * BLOCKSIZE;
+    bits[first] = ONE_BITS | mantissa;
+    for (let i = 1; i < BLOCKSIZE; i++) {
+      x[first + i] = NF4_THRESHOLDS[i % NF4_THRESHOLDS.length]! * x[first]!;
+      bits[first + i]! += Math.floor(i / NF4_THRESHOLDS.length) - 2;
+    }
+  }
+  return x;
+}
+
+/** Normally distributed numbers from a fixed seed, with the hard blocks in front where they fit. */
 function sample(n: number): Float32Array<ArrayBuffer> {
+  const x = normals(n);
+  const hard = hardBlocks();
+  if (hard.length <= n) x.set(hard);
+  return x;
+}
+
+function normals(n: number): Float32Array<ArrayBuffer> {
   let state = 1234;
   const uniform = (): number => {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;

@@ -7,7 +7,7 @@ import { Tensor } from "../core/tensor.js";
 import { Codebook } from "./codebook.js";
 import { get4bitType } from "./codebooks.js";
 import { type FourBitMeta, formatQuantState, parseQuantState } from "./state-json.js";
-import { QUANT_TYPES, type QuantType } from "./types.js";
+import { BLOCKSIZES, QUANT_TYPES, type QuantType } from "./types.js";
 
 /** A state as bitsandbytes' `as_dict` gives it: its names, tensors and plain values. */
 export type QuantStateDict = Readonly<Record<string, Tensor | string | number | readonly number[]>>;
@@ -132,13 +132,13 @@ export class QuantState implements QuantStateFields {
     if (!Array.isArray(shape)) throw badEntry("shape", "a list of sizes", String(shape));
     const meta = {
       quantType: quant_type,
-      blocksize: count("blocksize", blocksize),
+      blocksize: blocksizeOf("blocksize", blocksize),
       dtype: float,
       shape: shape as Shape,
     };
     if (nested_blocksize === undefined && values.nested_absmax === undefined) return fromParts(meta, values);
     if (typeof nested_offset !== "number") throw badEntry("nested_offset", "a number", String(nested_offset));
-    const nested = { blocksize: count("nested_blocksize", nested_blocksize), offset: nested_offset };
+    const nested = { blocksize: blocksizeOf("nested_blocksize", nested_blocksize), offset: nested_offset };
     return fromParts({ ...meta, nested }, values);
   }
 
@@ -208,9 +208,9 @@ function scalar(backend: Backend, value: number): Tensor<"f32"> {
   return Tensor.allocate(backend, "f32", []).copyFrom([value]);
 }
 
-function count(key: string, value: unknown): number {
-  if (typeof value !== "number" || !Number.isInteger(value) || value <= 0) throw badEntry(key, "a size", String(value));
-  return value;
+function blocksizeOf(key: string, value: unknown): number {
+  if ((BLOCKSIZES as readonly unknown[]).includes(value)) return value as number;
+  throw badEntry(key, `one of ${BLOCKSIZES.join(", ")}`, String(value));
 }
 
 function isQuantType(value: unknown): value is QuantType {

@@ -1,12 +1,13 @@
 /** The native addon against the fake driver, in processes of their own: garbage, threads, faults, and the ways to end. */
 import { spawnSync } from "node:child_process";
-import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { copyFileSync, existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, describe, expect, test } from "vitest";
 import { BINDING } from "#halfbyte/backend/cuda/addon.js";
 import { addonPath, loadAddon } from "#halfbyte/backend/cuda/load.js";
 import { fakeCuda } from "../helpers/fake-cuda.js";
+import { sanitizedAddon, sanitizerMissing } from "../helpers/sanitized-addon.js";
 
 const library = fakeCuda();
 const built = existsSync(addonPath());
@@ -24,7 +25,7 @@ const [LOAD, INTERFACE] = ["load", "addon"].map((module) =>
 const PREAMBLE = `
 import { loadAddon, check } from ${LOAD};
 import { BINDING, COMMAND_OPERANDS, COMMAND_WORDS } from ${INTERFACE};
-const addon = loadAddon();
+const addon = loadAddon(process.env.ADDON_ROOT);
 const must = (name, ...args) => { check(addon, name, addon[name](...args)); return addon.results[0]; };
 const start = () => { must("open", process.env.LIBRARY); must("init"); must("retainContext", 0); };
 const say = (value) => console.log(JSON.stringify(value));
@@ -37,6 +38,69 @@ function command(func, stream, operands, grid = 1, block = 32) {
 const kernel = (name) => must("moduleFunction", must("moduleLoad", Buffer.from("text")), name);
 `;
 
+/** Every function with whatever comes. */
+const GARBAGE = `
+start();
+const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072, -1, 0.5, NaN, Infinity, -Infinity, 2 ** 31,
+  2 ** 32, 2 ** 53, 1e300, "", "text", "a\\0b", "x".repeat(5000), Symbol("s"), 10n, {}, [], () => { throw new Error("called"); },
+  new Uint8Array(0), new Uint8Array(100), new Float64Array(4), new DataView(new ArrayBuffer(8)), new ArrayBuffer(8),
+  new Proxy({}, { set() { throw new Error("set"); } }), Object.freeze({})];
+const stream = must("streamCreate"), event = must("eventCreate", true), host = must("hostAllocate", 64), memory = must("memoryAllocate", 64);
+values.push(stream, event, host, memory, memory + 63);
+let seed = 1, calls = 0, negative = 0;
+const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
+// What would end the world that the rest needs, or block for ever.
+const skip = ["command", "results", "open", "releaseContext"];
+const names = Object.keys(addon).filter((name) => !skip.includes(name));
+for (let round = 0; round < Number(process.env.ROUNDS ?? 3000); round++) {
+  for (const name of names) {
+    const args = Array.from({ length: random(7) }, () => values[random(values.length)]);
+    const answer = addon[name](...args);
+    calls++;
+    if (name === "describe" ? answer.length !== 2 : name === "detail" ? typeof answer !== "string" : !Number.isInteger(answer)) {
+      throw new Error(name + " answered " + answer);
+    }
+    if (answer < 0) negative++;
+    // A stream is a thread.
+    if (name === "streamCreate" && answer === 0 && random(100)) addon.streamDestroy(addon.results[0]);
+  }
+  const words = new Uint32Array(addon.command);
+  for (let i = 0; i < 6; i++) words[i] = random(3) ? random(2 ** 31) : values[random(20)];
+  const status = addon.launch();
+  if (status >= 0) throw new Error("launched garbage: " + status);
+}
+// Node 24 refuses to detach it, Node 20 does not.
+try { structuredClone(addon.command, { transfer: [addon.command] }); } catch {}
+addon.launch();
+must("releaseContext");
+must("retainContext", 0);
+must("memoryFree", must("memoryAllocate", 1));
+say(calls); say(negative); say("still there");`;
+
+/** Contexts come and go while the completion thread reports, waits or has nothing to do. */
+const SOAK = `
+must("open", process.env.LIBRARY); must("init");
+for (let round = 0; round < 30; round++) {
+  must("retainContext", 0);
+  let left = 0, over;
+  const all = new Promise((resolve) => { over = resolve; });
+  must("onCompleted", () => { if (--left === 0) over(); });
+  const stream = must("streamCreate"), host = must("hostAllocate", 4096), memory = must("memoryAllocate", 4096);
+  for (let i = 0; i < 100; i++) {
+    const event = must("eventCreate", false);
+    must("copyFromHost", memory, host, 0, 4096, stream);
+    must("eventRecord", event, stream);
+    for (let n = 0; n <= i % 3; n++) { must("watch", event, i); left++; }
+    if (i % 2) must("eventDestroy", event);
+    must("hold", i % 20 !== 0);
+  }
+  if (round % 3 === 0) await all;
+  if (round % 3 === 1) await new Promise((resolve) => setTimeout(resolve, 1));
+  if (round < 29) must("releaseContext");
+}
+say("soaked");
+process.exit(0);`;
+
 interface Ended {
   readonly lines: unknown[];
   readonly code: number | null;
@@ -45,10 +109,14 @@ interface Ended {
 }
 
 /** Runs a program in a process of its own. */
-function child(program: string, environment: Record<string, string> = {}): Ended {
+function child(
+  program: string,
+  environment: Record<string, string> = {},
+  [command, ...args]: readonly [string, ...string[]] = [process.execPath],
+): Ended {
   const { stdout, stderr, status, signal } = spawnSync(
-    process.execPath,
-    ["--input-type=module", "-e", PREAMBLE + program],
+    command,
+    [...args, "--input-type=module", "-e", PREAMBLE + program],
     { encoding: "utf8", timeout: 60_000, env: { ...process.env, LIBRARY: library, ...environment } },
   );
   const lines = stdout.split("\n").filter(Boolean);
@@ -64,43 +132,7 @@ function says(program: string, environment: Record<string, string> = {}): unknow
 
 describe.runIf(built && library !== undefined)("processes", () => {
   test("whatever comes as an argument is a status, and the addon works afterwards", () => {
-    const [calls, negative, still] = says(`
-      start();
-      const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072, -1, 0.5, NaN, Infinity, -Infinity, 2 ** 31,
-        2 ** 32, 2 ** 53, 1e300, "", "text", "a\\0b", "x".repeat(5000), Symbol("s"), 10n, {}, [], () => { throw new Error("called"); },
-        new Uint8Array(0), new Uint8Array(100), new Float64Array(4), new DataView(new ArrayBuffer(8)), new ArrayBuffer(8),
-        new Proxy({}, { set() { throw new Error("set"); } }), Object.freeze({})];
-      const stream = must("streamCreate"), event = must("eventCreate", true), host = must("hostAllocate", 64), memory = must("memoryAllocate", 64);
-      values.push(stream, event, host, memory, memory + 63);
-      let seed = 1, calls = 0, negative = 0;
-      const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
-      // What would end the world that the rest needs, or block for ever.
-      const skip = ["command", "results", "open", "releaseContext"];
-      const names = Object.keys(addon).filter((name) => !skip.includes(name));
-      for (let round = 0; round < 3000; round++) {
-        for (const name of names) {
-          const args = Array.from({ length: random(7) }, () => values[random(values.length)]);
-          const answer = addon[name](...args);
-          calls++;
-          if (name === "describe" ? answer.length !== 2 : name === "detail" ? typeof answer !== "string" : !Number.isInteger(answer)) {
-            throw new Error(name + " answered " + answer);
-          }
-          if (answer < 0) negative++;
-          // A stream is a thread.
-          if (name === "streamCreate" && answer === 0 && random(100)) addon.streamDestroy(addon.results[0]);
-        }
-        const words = new Uint32Array(addon.command);
-        for (let i = 0; i < 6; i++) words[i] = random(3) ? random(2 ** 31) : values[random(20)];
-        const status = addon.launch();
-        if (status >= 0) throw new Error("launched garbage: " + status);
-      }
-      // Node 24 refuses to detach it, Node 20 does not.
-      try { structuredClone(addon.command, { transfer: [addon.command] }); } catch {}
-      addon.launch();
-      must("releaseContext");
-      must("retainContext", 0);
-      must("memoryFree", must("memoryAllocate", 1));
-      say(calls); say(negative); say("still there");`);
+    const [calls, negative, still] = says(GARBAGE);
     expect(calls).toBeGreaterThan(100_000);
     expect(negative).toBeGreaterThan(50_000);
     expect(still).toBe("still there");
@@ -117,13 +149,69 @@ describe.runIf(built && library !== undefined)("processes", () => {
         const addon = createRequire("/")(addonPath());
         let reason;
         try { loadAddon(); } catch (error) { reason = error.reason; }
-        parentPort.postMessage([reason, addon.open(), addon.init(), addon.launch(), addon.memoryAllocate(1), addon.releaseContext(), addon.detail()]);
+        parentPort.postMessage([reason, addon.open(), addon.init(), addon.launch(), addon.memoryAllocate(1), addon.releaseContext(), addon.detail(), addon.describe(2)[0]]);
       \`;
       new Worker(new URL("data:text/javascript," + encodeURIComponent(program)))
         .on("message", (answer) => { say("main"); say(answer); must("memoryAllocate", 1); });`);
     const { wrongThread } = BINDING;
     expect(main).toBe("main");
-    expect(worker).toEqual(["worker-thread", wrongThread, wrongThread, wrongThread, wrongThread, wrongThread, ""]);
+    const refusals = Array.from({ length: 5 }, () => wrongThread);
+    // The driver is not asked there either.
+    expect(worker).toEqual(["worker-thread", ...refusals, "", "unknown"]);
+  });
+
+  test("a second copy of the addon keeps its context when the first one gives its own back", () => {
+    const copy = join(folder, "copy.node");
+    copyFileSync(addonPath(), copy);
+    expect(
+      says(`
+        import { createRequire } from "node:module";
+        const second = createRequire("/")(${JSON.stringify(copy)});
+        start();
+        const before = [second.open(process.env.LIBRARY), second.init(), second.retainContext(0), second.streamCreate()];
+        must("releaseContext");
+        say([...before, second.memoryAllocate(100), second.streamCreate(), second.releaseContext(), second.retainContext(0), second.releaseContext()]);`),
+    ).toEqual([Array.from({ length: 9 }, () => 0)]);
+  });
+
+  test("an image that another thread changes meanwhile is checked as it is loaded", () => {
+    const [, refused] = says(`
+      import { readFileSync } from "node:fs";
+      import { Worker } from "node:worker_threads";
+      start();
+      const elf = readFileSync(${JSON.stringify(addonPath())});
+      const shared = new Uint8Array(new SharedArrayBuffer(elf.length));
+      shared.set(elf);
+      const program = \`
+        import { parentPort, workerData } from "node:worker_threads";
+        parentPort.postMessage("ready");
+        // Where the section headers begin: right, and far outside.
+        for (;;) { workerData[46] ^= 1; for (let i = 0; i < 100; i++); }\`;
+      const worker = new Worker(new URL("data:text/javascript," + encodeURIComponent(program)), { workerData: shared });
+      worker.on("message", () => {
+        let loaded = 0, refused = 0;
+        const end = performance.now() + 1000;
+        while (performance.now() < end) {
+          const status = addon.moduleLoad(shared);
+          if (status === 0) { loaded++; must("moduleUnload", addon.results[0]); } else if (status === 200) refused++; else throw new Error(status);
+        }
+        say(loaded); say(refused);
+        process.exit(0);
+      });`);
+    expect(refused).toBeGreaterThan(0);
+  });
+
+  test("Node.js that may not load addons is told so", () => {
+    const program = `import { loadAddon } from ${LOAD};
+      try { loadAddon(); } catch (error) { console.log(JSON.stringify([error.reason, error.detail, error.advice])); }`;
+    const { stdout } = spawnSync(process.execPath, ["--no-addons", "--input-type=module", "-e", program], {
+      encoding: "utf8",
+    });
+    expect(JSON.parse(stdout)).toEqual([
+      "platform",
+      expect.stringMatching(/^the native addon does not load in this process \(.*disabled\)$/),
+      expect.stringContaining("--no-addons"),
+    ]);
   });
 
   test("the addon is not found", () => {
@@ -229,5 +317,23 @@ describe.runIf(built && library !== undefined)("processes", () => {
         { HALFBYTE_FAKE_CUDA_FAULT_AT: "2", HALFBYTE_FAKE_CUDA_DELAY_MS: "150" },
       ),
     ).toContainEqual([2, ILLEGAL_ADDRESS]);
+  });
+});
+
+describe.each(["thread", "address"] as const)("compiled with -fsanitize=%s", (kind) => {
+  const missing = sanitizerMissing(kind);
+  const skipped = missing && ` (skipped: ${missing})`;
+  const quiet = (program: string): Ended => {
+    const { root, library: driver, command, env } = sanitizedAddon(kind);
+    return child(program, { ...env, ADDON_ROOT: root, LIBRARY: driver, ROUNDS: "300" }, command);
+  };
+
+  test.skipIf(skipped)(`garbage is quiet${skipped}`, () => {
+    const { lines, code, stderr } = quiet(GARBAGE);
+    expect({ still: lines[2], code, stderr }).toEqual({ still: "still there", code: 0, stderr: "" });
+  });
+
+  test.skipIf(skipped)(`the completion thread is quiet${skipped}`, () => {
+    expect(quiet(SOAK)).toEqual({ lines: ["soaked"], code: 0, signal: null, stderr: "" });
   });
 });

@@ -14,6 +14,15 @@ if (!built) console.log("skipped: there is no native addon (npm run build:addon)
 const here = built && library !== undefined;
 
 const NOT_READY = 600;
+/** What whoever sits before a board needs to be told, by cuInit's status. */
+const ADVICE = {
+  100: /groups video and render/,
+  34: /library path/,
+  35: /JetPack/,
+  803: /cuda-compat/,
+  804: /cuda-compat/,
+  999: /groups video and render/,
+};
 const IMAGE = Buffer.from("any text is a module to the fake driver");
 const folder = mkdtempSync(join(tmpdir(), "halfbyte-addon-"));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -123,11 +132,14 @@ describe.runIf(here)("one process", () => {
       [100, "no-device"],
       [34, "no-driver"],
       [35, "driver-too-old"],
+      [803, "driver-error"],
+      [804, "driver-error"],
       [999, "driver-error"],
     ] as const) {
       const error = thrown("init", status);
       expect(error).toBeInstanceOf(CudaUnavailableError);
       expect(error).toMatchObject({ reason });
+      expect((error as CudaUnavailableError).advice).toMatch(ADVICE[status]);
     }
     expect(thrown("moduleLoad", 100)).toBeInstanceOf(CudaError);
   });

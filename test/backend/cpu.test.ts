@@ -143,6 +143,48 @@ describe("non-finite input", () => {
       state.dispose();
     }));
 
+  for (const reads of [2, 200, 3000]) {
+    test(`${reads} pending reads, each after a launch that meets something`, () =>
+      withBackend({ threads: 2 }, async (backend) => {
+        const x = new Float32Array(64 * 8);
+        const all = Array.from({ length: 8 }, (_, block) => {
+          x[block * 64] = Number.NaN;
+          const A = floats(backend, x);
+          x[block * 64] = 0;
+          return A;
+        });
+        const answers: Promise<unknown>[] = [];
+        const met = (error: NonFiniteError): number => error.index;
+        for (let i = 0; i < reads; i++) {
+          const A = all[i % 8]!;
+          const [packed, state] = quantize4bit(A);
+          answers.push(packed.data().then(() => "fine", met));
+          if (i % 3 === 0) answers.push(packed.data().then(() => "fine", met));
+          if (i % 1000 === 999) expect(() => packed.dataSync()).not.toThrow();
+          packed.dispose();
+          state.dispose();
+        }
+        const expected = Array.from({ length: reads }, (_, i) => (i % 3 === 0 ? [i % 8, "fine"] : [i % 8])).flat();
+        expect(await Promise.all(answers)).toEqual(expected);
+        await backend.synchronize();
+        for (const A of all) A.dispose();
+      }));
+  }
+
+  test("a fault is kept for the next read through more launches than the ring holds", () =>
+    withBackend({}, async (backend) => {
+      using A = floats(backend, Float32Array.of(1, Number.NaN));
+      using t = bytes(backend, 64);
+      for (const read of [() => t.data(), async () => t.dataSync(), () => backend.synchronize()]) {
+        const [packed, state] = quantize4bit(A);
+        for (let i = 0; i < 10_000; i++) fill(t, i);
+        await expect(read()).rejects.toThrow(NonFiniteError);
+        await read();
+        packed.dispose();
+        state.dispose();
+      }
+    }));
+
   test("allowNonFinite quantizes", () =>
     withBackend({}, async (backend) => {
       using A = floats(backend, Float32Array.of(1, Number.NaN, -2, Number.POSITIVE_INFINITY));
@@ -260,6 +302,20 @@ describe("memory", () => {
       expect((await rest.data())[0]).toBe(1);
     }));
 
+  test("a read or a constant that fails half way leaves nothing", () =>
+    withBackend({}, async (backend) => {
+      using t = bytes(backend, 100);
+      fill(t, 1);
+      const { reservedBytes } = backend.memory();
+      const refuse = (): never => {
+        throw new BackendError("cpu", "refused");
+      };
+      Object.assign(backend, { launch: refuse, write: refuse });
+      await expect(t.data()).rejects.toThrow(/refused/);
+      expect(() => backend.constant({}, () => new Uint8Array(8))).toThrow(/refused/);
+      expect(backend.memory().reservedBytes).toBe(reservedBytes);
+    }));
+
   test("10,000 rounds of create and dispose need no more memory than one", () =>
     withBackend({ guards: false }, async (backend) => {
       const round = (): void => {
@@ -324,6 +380,10 @@ describe("the process exits by itself", () => {
   });
   test("with a read pending that nobody awaits, which is still answered", () => {
     expect(run(`quantize4bit(x)[0].data().then((d) => console.log(d.length));`)).toBe("524288\n");
+  });
+  test("a read made before anything was launched does not keep those after it from being answered", () => {
+    const code = `const first = x.data(); const second = quantize4bit(x)[0].data(); console.log((await first).length, (await second).length);`;
+    expect(run(code)).toBe("1048576 524288\n");
   });
   test("with kernels enqueued that nobody reads", () => {
     expect(run(`for (let i = 0; i < 50; i++) quantize4bit(x); console.log("done");`)).toBe("done\n");

@@ -1,9 +1,10 @@
 /** The cuda arena over the real addon and the fake driver. */
 import { describe, expect, test } from "vitest";
-import { ALIGN, type Arena, type CudaStorage, SEGMENT, SMALL } from "#halfbyte/backend/cuda/arena.js";
+import { ALIGN, Arena, type CudaStorage, SEGMENT, SMALL } from "#halfbyte/backend/cuda/arena.js";
 import type { CudaBackend, CudaOptions } from "#halfbyte/backend/cuda/backend.js";
+import type { CudaStream } from "#halfbyte/backend/cuda/stream.js";
 import { ArgumentError, OutOfMemoryError } from "#halfbyte/core/errors.js";
-import { fakeBackend, fill, HERE, uniform } from "../helpers/fake-backend.js";
+import { fakeBackend, fill, HERE, uniform, withCuda } from "../helpers/fake-backend.js";
 import { random } from "../helpers/random.js";
 
 const MB = 1 << 20;
@@ -192,6 +193,31 @@ describe.runIf(HERE)("out of memory", () => {
     } finally {
       delete process.env.HALFBYTE_FAKE_CUDA_INTEGRATED;
       delete process.env.HALFBYTE_FAKE_CUDA_MEMORY;
+    }
+  });
+
+  test("on an integrated GPU the system's memory is looked at before each segment, on another it is not", async () => {
+    for (const careful of [true, false]) {
+      await withCuda({}, (backend) => {
+        let available = 100 * MB;
+        const { stream } = backend as unknown as { stream: CudaStream };
+        const peek = (): Uint8Array => new Uint8Array();
+        const arena = new Arena(stream, { limitBytes: 1000 * MB, guards: false, peek, free: () => available, careful });
+        const first = arena.allocate(60 * MB, false);
+        available = 30 * MB;
+        if (careful) {
+          expect(() => arena.allocate(40 * MB, false)).toThrow(
+            /41943040 bytes requested, 31457280 of 1048576000 bytes free/,
+          );
+          arena.allocate(20 * MB, false);
+          arena.release(first);
+          arena.allocate(50 * MB, false);
+        } else {
+          arena.allocate(40 * MB, false);
+        }
+        expect(arena.committedBytes).toBe((careful ? 80 : 100) * MB);
+        arena.close();
+      });
     }
   });
 

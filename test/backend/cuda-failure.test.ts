@@ -1,7 +1,23 @@
-/** What ends a cuda backend, or keeps it from beginning: each in a process of its own, over the fake driver. */
+/** What ends a cuda backend, keeps it from beginning (each in a process of its own) or fails half way, over the fake driver. */
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
-import { fakeBackend, HERE, LIBRARY, textImages } from "../helpers/fake-backend.js";
+import { type CudaDevice, openDriver } from "#halfbyte/backend/cuda/device.js";
+import type { Launch } from "#halfbyte/backend/cuda/kernels.js";
+import { KernelModules } from "#halfbyte/backend/cuda/modules.js";
+import { READ_SLOT, READ_SLOTS_INTEGRATED } from "#halfbyte/backend/cuda/reads.js";
+import type { CudaStream } from "#halfbyte/backend/cuda/stream.js";
+import { CudaError } from "#halfbyte/core/errors.js";
+import {
+  at,
+  fakeBackend,
+  fill,
+  HERE,
+  LIBRARY,
+  refusing,
+  textImages,
+  uniform,
+  withCuda,
+} from "../helpers/fake-backend.js";
 import { fakeCuda } from "../helpers/fake-cuda.js";
 import { runScript } from "../helpers/script.js";
 
@@ -23,6 +39,12 @@ const ENVIRONMENT = {
   HALFBYTE_KERNELS: IMAGES,
   HALFBYTE_FAKE_CUDA_INTEGRATED: "0",
 };
+
+const later = (promise: Promise<unknown>): Promise<unknown> =>
+  promise.then(
+    () => "fine",
+    (error: unknown) => error,
+  );
 
 interface Words {
   readonly name: string;
@@ -204,6 +226,141 @@ describe.runIf(HERE)("what cannot be used is refused by name", () => {
       new Worker(code, { eval: true }).on("message", give);
     `);
     expect(given).toEqual({ name: "CudaUnavailableError", reason: "worker-thread" });
+  });
+});
+
+describe.runIf(HERE)("what fails half way", () => {
+  const OUT_OF_MEMORY = 2;
+
+  test("a waiting read whose bytes cannot be taken: who overwrites them goes on", () =>
+    withCuda({}, async (backend) => {
+      const a = backend.allocate(READ_SLOTS_INTEGRATED * READ_SLOT);
+      const b = backend.allocate(2 * a.bytes);
+      fill(backend, a, 1);
+      fill(backend, b, 2);
+      const [first, second] = [later(backend.read(a, 0, a.bytes)), later(backend.read(b, 0, b.bytes))];
+      await refusing("hostRead", -1, () => fill(backend, b, 3), READ_SLOTS_INTEGRATED);
+      expect(await first).toBe("fine");
+      expect(await second).toMatchObject({ name: "CudaError" });
+      expect(uniform(backend.readSync(b, 0, b.bytes), 3)).toBe(true);
+    }));
+
+  test("a blocking read whose bytes cannot be taken gives its slots back", () =>
+    withCuda({}, (backend) => {
+      const t = backend.allocate(READ_SLOTS_INTEGRATED * READ_SLOT);
+      fill(backend, t, 7);
+      return refusing("hostRead", -1, () => {
+        for (let i = 0; i < 3; i++) expect(() => backend.readSync(t, 0, t.bytes)).toThrow(CudaError);
+      }).then(() => {
+        const { reads } = backend as unknown as { reads: { chunks: Set<unknown> } };
+        expect(reads.chunks.size).toBe(0);
+        expect(uniform(backend.readSync(t, 0, t.bytes), 7)).toBe(true);
+      });
+    }));
+
+  test("a constant that cannot be written is no constant, and takes nothing", () =>
+    withCuda({}, async (backend) => {
+      const key = {};
+      const bytes = (): Uint8Array => new Uint8Array(1000);
+      backend.write(backend.allocate(64), 0, new Uint8Array(64));
+      const before = backend.memory();
+      await refusing("hostWrite", -1, () => expect(() => backend.constant(key, bytes)).toThrow(CudaError));
+      expect(backend.memory()).toEqual(before);
+      expect(backend.constant(key, bytes).bytes).toBe(1000);
+    }));
+
+  test("a warm-up: the next launch begins again", () =>
+    withCuda({}, async (backend) => {
+      const t = backend.allocate(64);
+      const convert = (): void => backend.launch("convert", { x: at(t), y: at(t), n: 8, from: 0, to: 1 });
+      for (const call of ["fill8", "launch"] as const) {
+        await refusing(call, 1, () => expect(convert).toThrow(CudaError));
+        expect(backend.imagesInUse()).toEqual([]);
+      }
+      convert();
+      expect(backend.imagesInUse()).toHaveLength(1);
+    }));
+
+  test("close waits for the work though there is no memory for an event", () =>
+    withCuda({}, async (backend) => {
+      const t = backend.allocate(64);
+      fill(backend, t, 1);
+      const { addon } = openDriver();
+      const calls: string[] = [];
+      const original = { ...addon };
+      for (const name of ["streamSynchronize", "memoryFree"] as const) {
+        Object.assign(addon, {
+          [name]: (handle: number) => {
+            calls.push(name);
+            return original[name](handle);
+          },
+        });
+      }
+      try {
+        await refusing("eventRecord", OUT_OF_MEMORY, () => backend.close());
+      } finally {
+        Object.assign(addon, original);
+      }
+      expect(calls).toEqual(["streamSynchronize", "memoryFree"]);
+    }));
+});
+
+describe.runIf(HERE)("thousands of reads pending", () => {
+  test("each looks for a slot once or twice, and few events are kept", () =>
+    withCuda({}, async (backend) => {
+      const t = backend.allocate(64);
+      const { reads, stream } = backend as unknown as {
+        reads: { small: { slots: { take(): unknown } } };
+        stream: { events: number[] };
+      };
+      const { slots } = reads.small;
+      const take = slots.take.bind(slots);
+      let looks = 0;
+      slots.take = () => {
+        looks++;
+        return take();
+      };
+      const pending: Promise<unknown>[] = [];
+      for (let i = 0; i < 3000; i++) {
+        fill(backend, t, i);
+        pending.push(backend.synchronize());
+        if (i % 10 === 0) pending.push(backend.read(t, 0, 64));
+      }
+      for (let i = 0; i < 3000; i++) pending.push(backend.read(t, 0, 64));
+      await Promise.all(pending);
+      expect(looks).toBeLessThan(4 * 3300);
+      expect(stream.events.length).toBeLessThan(200);
+    }));
+});
+
+describe.runIf(HERE)("shared memory of a kernel", () => {
+  test("is allowed before it is asked how many blocks fit, and raised when a launch wants more", () => {
+    const calls: [string, number][] = [];
+    const record =
+      (name: string) =>
+      (_func: number, _what: number, value: number): number => {
+        calls.push([name, value]);
+        return 0;
+      };
+    const addon = {
+      results: Float64Array.of(3),
+      moduleLoad: () => 0,
+      moduleFunction: () => 0,
+      functionSetAttribute: record("allow"),
+      functionOccupancy: record("occupancy"),
+    };
+    const stream = { addon, retry: (call: () => number) => call(), check: () => {} } as unknown as CudaStream;
+    const device = { architecture: 87, driverVersion: 13000, multiprocessors: 8 } as CudaDevice;
+    const modules = new KernelModules(stream, device, IMAGES, () => {});
+    const launch = (shared: number): Launch => ({ entry: "walk", grid: 1, block: 128, shared, walks: true });
+    expect(modules.entry("fourbit", launch(64 << 10)).resident).toBe(24);
+    modules.entry("fourbit", launch(16 << 10));
+    modules.entry("fourbit", launch(96 << 10));
+    expect(calls).toEqual([
+      ["allow", 64 << 10],
+      ["occupancy", 64 << 10],
+      ["allow", 96 << 10],
+    ]);
   });
 });
 

@@ -4,9 +4,9 @@ import { COMMAND_OPERANDS } from "#halfbyte/backend/cuda/addon.js";
 import type { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
 import { cudaLayout } from "#halfbyte/backend/cuda/layout.js";
 import type { LaunchContext } from "#halfbyte/core/backend.js";
-import { NonFiniteError } from "#halfbyte/core/errors.js";
+import { CudaError, NonFiniteError } from "#halfbyte/core/errors.js";
 import type { Storage } from "#halfbyte/core/kernels.js";
-import { at, fill, HERE, uniform, withCuda } from "../helpers/fake-backend.js";
+import { at, fill, HERE, refusing, uniform, withCuda } from "../helpers/fake-backend.js";
 
 describe.runIf(HERE)("non-finite input", () => {
   const CONTEXT: LaunchContext = { op: "quantize4bit", operand: "A", unit: "block" };
@@ -121,6 +121,28 @@ describe.runIf(HERE)("non-finite input", () => {
       report([keys[3]!, 2 ** 32 - 1]);
       await expect(backend.read(t, 0, 8)).rejects.toMatchObject({ op: "quantize4bit", index: 2 ** 32 - 1 });
       expect(launch(CONTEXT)).toBeLessThan(256);
+    }));
+
+  test("a read that fails for another reason leaves its fault to the next", () =>
+    withCuda({}, async (backend) => {
+      const { launch, report } = reporter(backend);
+      const t = backend.allocate(8);
+      await backend.read(t, 0, 8);
+      const OUT_OF_MEMORY = 2;
+      report([launch(CONTEXT), 11]);
+      await refusing("eventRecord", OUT_OF_MEMORY, () => expect(backend.read(t, 0, 8)).rejects.toThrow(CudaError));
+      report([launch(ROWS), 12]);
+      await refusing("eventRecord", OUT_OF_MEMORY, () => expect(() => backend.readSync(t, 0, 8)).toThrow(CudaError));
+      report([launch(CONTEXT), 13]);
+      await expect(backend.read(t, 0, 8)).rejects.toMatchObject({ op: "quantize4bit", index: 11 });
+      await backend.read(t, 0, 8);
+      report([launch(ROWS), 14]);
+      await refusing("eventRecord", OUT_OF_MEMORY, () => expect(backend.synchronize()).rejects.toThrow(CudaError));
+      await expect(backend.synchronize()).rejects.toMatchObject({ op: "int8VectorwiseQuant", index: 14 });
+      report([launch(CONTEXT), 15]);
+      const dropped = backend.read(t, 0, 8);
+      await Promise.all([expect(dropped).rejects.toThrow(/restarted/), backend.restart()]);
+      await backend.read(t, 0, 8);
     }));
 
   test("hundreds of reads pending, each with its own fault", () =>

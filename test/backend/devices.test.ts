@@ -1,5 +1,7 @@
 /** How the device is chosen: by the call, by `init`, by HALFBYTE_DEVICE, by what works here. */
+import { spawnSync } from "node:child_process";
 import { existsSync } from "node:fs";
+import { fileURLToPath } from "node:url";
 import { describe, expect, test } from "vitest";
 import { addonPath } from "#halfbyte/backend/cuda/load.js";
 import { findTraces } from "#halfbyte/backend/cuda/traces.js";
@@ -109,6 +111,37 @@ describe("auto", () => {
   test("an unused default is not probed", async () => {
     const code = `give(halfbyte.tensor([1], { device: "cpu" }).device)`;
     expect((await runScript(IMPORT + code, NO_DRIVER)).stderr).toBe("");
+  });
+});
+
+describe("Node's permission model", () => {
+  const PACKAGE = fileURLToPath(new URL("../..", import.meta.url));
+  const PERMISSION = process.allowedNodeEnvironmentFlags.has("--permission")
+    ? "--permission"
+    : "--experimental-permission";
+  /** What `auto` is, without and with a wait, or how that failed. */
+  function automatic(flags: readonly string[], env: Record<string, string> = {}): string {
+    const code = `import("${new URL("../../dist/index.js", import.meta.url).href}").then(async (h) => {
+      const devices = [];
+      devices.push(h.getBackend("auto").device);
+      await h.shutdown();
+      devices.push((await h.init({ device: "auto" })).device);
+      await h.shutdown();
+      console.log(devices.join());
+    }).catch((error) => console.log(error.stack));`;
+    const { stdout } = spawnSync(process.execPath, [PERMISSION, "--allow-worker", ...flags, "-e", code], {
+      encoding: "utf8",
+      env: { ...process.env, HALFBYTE_DEVICE: "", ...env },
+    });
+    return stdout.trim();
+  }
+
+  test("auto is the cpu where no process may be started", () => {
+    expect(automatic(["--allow-fs-read=*"], NO_DRIVER)).toBe("cpu,cpu");
+  });
+
+  test("auto is the cpu where only the package may be read", () => {
+    expect(automatic([`--allow-fs-read=${PACKAGE}`])).toBe("cpu,cpu");
   });
 });
 

@@ -1,5 +1,14 @@
 /** What the probe looks at before it starts anything: traces of a GPU, and the file that remembers successes. */
-import { mkdirSync, readdirSync, readFileSync, rmSync, utimesSync, writeFileSync } from "node:fs";
+import {
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  utimesSync,
+  writeFileSync,
+} from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test, vi } from "vitest";
 import { type ProbeSuccess, type ProbeTarget, readCache, writeCache } from "#halfbyte/backend/cuda/probe-cache.js";
@@ -30,7 +39,7 @@ describe("traces of a GPU", () => {
     expect(findTraces(folder.path)).toEqual({ gpu: false, any: false });
   });
 
-  for (const name of ["nvidiactl", "nvidia0", "nvidia12", "nvmap", "nvgpu", "nvhost-ctrl-gpu", "dxg"]) {
+  for (const name of ["nvidiactl", "nvidia0", "nvidia12", "nvmap", "nvgpu", "nvhost-ctrl-gpu"]) {
     test(`/dev/${name} is a GPU`, () => {
       touch(folder.file(`dev/${name}`));
       expect(findTraces(folder.path)).toEqual({ gpu: true, any: true });
@@ -40,6 +49,18 @@ describe("traces of a GPU", () => {
   test("a driver library without a device file is a trace but no GPU", () => {
     touch(folder.file("usr/lib/aarch64-linux-gnu/nvidia/libcuda.so.1"));
     expect(findTraces(folder.path)).toEqual({ gpu: false, any: true });
+  });
+
+  test("WSL's device file is a GPU of NVIDIA's only beside the library from Windows", () => {
+    touch(folder.file("dev/dxg"));
+    expect(findTraces(folder.path)).toEqual({ gpu: false, any: false });
+    touch(folder.file("usr/lib/wsl/lib/libcuda.so.1"));
+    expect(findTraces(folder.path)).toEqual({ gpu: true, any: true });
+  });
+
+  test("cuda-compat, which CUDA's images have on any machine, is none", () => {
+    touch(folder.file("usr/local/cuda/compat/libcuda.so.1"));
+    expect(findTraces(folder.path)).toEqual({ gpu: false, any: false });
   });
 
   test("LD_LIBRARY_PATH is looked at", () => {
@@ -107,6 +128,27 @@ describe("the file of successes", () => {
     for (let device = 1; device <= 16; device++) writeCache({ ...target, device }, library, success);
     expect(readCache(target)).toBeUndefined();
     for (let device = 1; device <= 16; device++) expect(readCache({ ...target, device })).toEqual(success);
+  });
+
+  test("is for its owner alone, and another user's is not believed", () => {
+    expect(statSync(file()).mode & 0o777).toBe(0o600);
+    expect(statSync(folder.file("cache/halfbyte")).mode & 0o777).toBe(0o700);
+    const other = vi.spyOn(process as Required<typeof process>, "geteuid").mockReturnValue(54321);
+    try {
+      expect(readCache(target)).toBeUndefined();
+    } finally {
+      other.mockRestore();
+    }
+    expect(readCache(target)).toEqual(success);
+  });
+
+  test("is never written through a link", () => {
+    const victim = touch(folder.file("victim"), "precious");
+    symlinkSync(victim, `${file()}.${process.pid}.tmp`);
+    writeCache({ ...target, device: 1 }, library, success);
+    expect(readFileSync(victim, "utf8")).toBe("precious");
+    writeCache({ ...target, device: 1 }, library, success);
+    expect(readCache({ ...target, device: 1 })).toEqual(success);
   });
 
   test("nothing is thrown where it cannot be written or read", () => {

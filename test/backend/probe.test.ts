@@ -1,4 +1,5 @@
 /** The probe against a driver that misbehaves in every way there is a reason for, and what follows from its answer. */
+import { spawnSync } from "node:child_process";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
 import type { ProbeResult } from "#halfbyte/backend/cuda/probe.js";
@@ -66,6 +67,13 @@ describe.skipIf(NO_SCENE)(`a driver that${NO_SCENE}`, () => {
     const { reason, detail } = await failureOf({ HALFBYTE_FAKE_CUDA_VERSION: "10020" });
     expect(reason).toBe("driver-too-old");
     expect(detail).toMatch(/10\.2.*11\.4/);
+  });
+
+  test("is the toolkit's stub", async () => {
+    const { reason, detail, advice } = await failureOf({ HALFBYTE_FAKE_CUDA_INIT: "34" });
+    expect(reason).toBe("no-driver");
+    expect(detail).toMatch(/^cuDriverGetVersion failed with CUDA_ERROR_STUB_LIBRARY \(34\)/);
+    expect(advice).toContain("stub");
   });
 
   test("lacks a function", async () => {
@@ -189,6 +197,23 @@ describe.skipIf(NO_SCENE)(`the answer${NO_SCENE}`, () => {
       expect(detail).toMatch(/^the probe cannot be started: .*ENOENT/);
     }
   });
+
+  test("is probe-crashed where no file descriptor is left", () => {
+    const code = `import * as halfbyte from ${JSON.stringify(new URL("../../dist/index.js", import.meta.url).href)};
+      import { openSync } from "node:fs";
+      const open = () => { for (;;) openSync("/dev/null"); };
+      try { open(); } catch {}
+      const answers = [await halfbyte.probeCuda(), halfbyte.probeCudaSync({ fresh: true })];
+      console.log(JSON.stringify(answers.map(({ reason, detail }) => [reason, detail])));`;
+    const limited = ["-c", 'ulimit -n 100; exec "$@"', "-", process.execPath, "--input-type=module", "-e", code];
+    const env = { ...process.env, ...scene.env };
+    const { stdout, stderr } = spawnSync("bash", limited, { encoding: "utf8", env, timeout: 20_000 });
+    expect(stderr).toBe("");
+    for (const [reason, detail] of JSON.parse(stdout) as [string, string][]) {
+      expect(reason).toBe("probe-crashed");
+      expect(detail).toMatch(/^the probe cannot be started: .* EMFILE$/);
+    }
+  });
 });
 
 describe.skipIf(NO_SCENE)(`a probe's process that${NO_SCENE}`, () => {
@@ -271,6 +296,30 @@ describe.skipIf(NO_SCENE)(`a probe's process that${NO_SCENE}`, () => {
     expect(milliseconds).toBeLessThan(10_000);
   });
 
+  test("is over keeps the program no longer", async () => {
+    const code = `${IMPORT}${actor(say(success()))}
+      await halfbyte.probeCuda();
+      const answered = performance.now();
+      process.on("exit", () => give(performance.now() - answered));`;
+    expect((await runScript<number>(code, scene.env)).given).toBeLessThan(300);
+  });
+
+  test("is the program itself, which has Node inside, does not start the next", async () => {
+    const count = folder.file("count");
+    const nested = `import("${new URL("../../dist/index.js", import.meta.url).href}").then((h) => { process.execPath = process.env.ACTOR; h.probeCudaSync(); })`;
+    const code = actor(
+      `echo started >> ${count}`,
+      `test $(wc -l < ${count}) -gt 3 || ${process.execPath} -e '${nested}'`,
+      "exit 7",
+    );
+    const { given } = await runScript<Failure>(`${IMPORT}${code} give(halfbyte.probeCudaSync());`, {
+      ...scene.env,
+      ACTOR: folder.file("actor"),
+    });
+    expect(given.reason).toBe("probe-crashed");
+    expect(readFileSync(count, "utf8")).toBe("started\n");
+  });
+
   test("is ended with the program that waits for it", async () => {
     const code = `${actor(`echo $$ > ${folder.file("pid")}`, "exec sleep 20")}
       import { existsSync, readFileSync } from "node:fs";
@@ -289,7 +338,7 @@ describe.skipIf(NO_SCENE)(`a probe's process that${NO_SCENE}`, () => {
 function alive(pid: number): boolean {
   try {
     process.kill(pid, 0);
-    return !readFileSync(`/proc/$pid/stat`, "utf8").includes(") Z ");
+    return !readFileSync(`/proc/${pid}/stat`, "utf8").includes(") Z ");
   } catch {
     return false;
   }

@@ -218,12 +218,14 @@ function offsetCase(dtype: (typeof FLOATS)[number], kind: Kind, blocksize: numbe
   };
 }
 
-/** Twenty million elements that repeat with a period which is a multiple of nothing but the block. */
-function largeCase(dtype: (typeof FLOATS)[number]): Case {
-  const periods = 310;
-  const period = 32 * 2017;
+/**
+ * Many millions of elements that repeat with a period which is a multiple of nothing but the block. Blocks of 4,096 are shared by
+ * warps, which must not get ahead of each other when they walk on.
+ */
+function largeCase(dtype: (typeof FLOATS)[number], blocksize: number, blocks: number, periods: number): Case {
+  const period = blocksize * blocks;
   const n = periods * period;
-  const id = caseId("quantizeBlockwise", "dynamic", dtype, `n=${n}`, "bs=32", "large");
+  const id = caseId("quantizeBlockwise", "dynamic", dtype, `n=${n}`, `bs=${blocksize}`, "large");
   const once = (): Host => floats(dtype, period, "edge", id);
   const many = ({ dtype: of, values, shape }: Host): Host => {
     const count = shape[0]! * periods;
@@ -241,13 +243,13 @@ function largeCase(dtype: (typeof FLOATS)[number]): Case {
     large: true,
     inputs: () => ({ A: many(once()) }),
     run: ({ A }): Record<string, Tensor> => {
-      const [out, state] = quantizeBlockwise(A!, { blocksize: 32 });
+      const [out, state] = quantizeBlockwise(A!, { blocksize });
       return { out, absmax: state.absmax, y: dequantizeBlockwise(out, state) };
     },
     expected: (): Record<string, Host> => {
       const code = createDynamicMap();
-      const { q, absmax } = scalar.quantizeBlockwise(once().values, code, 32);
-      const y = scalar.dequantizeBlockwise(q, absmax, code, 32, dtype);
+      const { q, absmax } = scalar.quantizeBlockwise(once().values, code, blocksize);
+      const y = scalar.dequantizeBlockwise(q, absmax, code, blocksize, dtype);
       return {
         out: many({ dtype: "u8", shape: [period], values: q }),
         absmax: many({ dtype: "f32", shape: [absmax.length], values: absmax }),
@@ -334,5 +336,7 @@ export function* blockwiseCases(): Generator<Case> {
   ] as const)
     yield nestedCase(n, blocksize);
   for (const kind of ["edge", ...EXTREMES] as const) yield nestedCase(40001, 64, kind);
-  yield largeCase("f16");
+  yield largeCase("f16", 32, 2017, 310);
+  yield largeCase("bf16", 4096, 211, 17);
+  yield largeCase("f32", 1024, 401, 19);
 }

@@ -37,7 +37,6 @@ const ORIN: CudaDevice = {
   driverVersion: 12060,
   concurrentManagedAccess: false,
   memoryPools: true,
-  threadsPerMultiprocessor: 1536,
 };
 /** The causes in the source of the errors: there is no list of them at run time. */
 const CAUSES = [

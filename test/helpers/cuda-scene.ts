@@ -25,7 +25,6 @@ export const FAKE_ORIN: CudaDevice = {
   uuid: "0".repeat(32),
   architecture: 87,
   multiprocessors: 8,
-  threadsPerMultiprocessor: 1536,
   totalBytes: 2 ** 33,
   integrated: true,
   driverVersion: 13000,

@@ -4,7 +4,9 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "no
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { expect } from "vitest";
+import type { CudaAddon } from "#halfbyte/backend/cuda/addon.js";
 import { CudaBackend, type CudaOptions } from "#halfbyte/backend/cuda/backend.js";
+import { openDriver } from "#halfbyte/backend/cuda/device.js";
 import { addonPath } from "#halfbyte/backend/cuda/load.js";
 import { type Address, KERNEL_FAMILY, type Storage } from "#halfbyte/core/kernels.js";
 import { fakeCuda } from "./fake-cuda.js";
@@ -53,6 +55,24 @@ export async function withCuda(
     delete process.env.HALFBYTE_FAKE_CUDA_REPORT;
     rmSync(folder, { recursive: true });
     await backend.close();
+  }
+}
+
+/** Makes a function of the addon answer `status` for as long as `body` runs, without doing anything; `after` calls are still served. */
+export async function refusing(
+  call: keyof CudaAddon,
+  status: number,
+  body: () => Promise<unknown> | unknown,
+  after = 0,
+): Promise<void> {
+  const { addon } = openDriver();
+  const original = addon[call] as (...args: unknown[]) => number;
+  let left = after;
+  Object.assign(addon, { [call]: (...args: unknown[]) => (left-- > 0 ? original(...args) : status) });
+  try {
+    await body();
+  } finally {
+    Object.assign(addon, { [call]: original });
   }
 }
 

@@ -2,7 +2,8 @@
 import { describe, expect, test } from "vitest";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { liveTensors } from "#halfbyte/core/tensor.js";
-import { SELF_CHECK_ELEMENTS, selfCheck } from "#halfbyte/ops/selfcheck.js";
+import { hardBlocks, SELF_CHECK_ELEMENTS, selfCheck } from "#halfbyte/ops/selfcheck.js";
+import { NF4_THRESHOLDS } from "#halfbyte/quant/codebooks.js";
 
 /** Flips the lowest bit of one byte of the read with this number. */
 class Faulty extends CpuBackend {
@@ -59,5 +60,25 @@ describe("selfCheck", () => {
         }
       }
     });
+  }
+});
+
+test("the hard blocks' codes show a reciprocal that is off by its last bit", () => {
+  const x = hardBlocks();
+  const blocks = x.length / 64;
+  expect(blocks).toBe(32);
+  const word = new Float32Array(1);
+  const bits = new Int32Array(word.buffer);
+  const codes = (block: Float32Array, r: number): string =>
+    block.map((v) => NF4_THRESHOLDS.filter((t) => Math.fround(v * r) > t).length).join(" ");
+  for (let k = 0; k < blocks; k++) {
+    const block = x.subarray(64 * k, 64 * (k + 1));
+    expect(block.every((v) => Math.abs(v) <= block[0]!)).toBe(true);
+    const right = codes(block, Math.fround(1 / block[0]!));
+    for (const off of [-1, 1]) {
+      word[0] = 1 / block[0]!;
+      bits[0]! += off;
+      expect(codes(block, word[0]), `mantissa ${block[0]}, ${off}`).not.toBe(right);
+    }
   }
 });

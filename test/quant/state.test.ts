@@ -91,7 +91,7 @@ test("what does not fit together is refused by name, and nothing is kept", async
     [{ ...good, absmax: good.quant_map! }, /absmax: expected a u8 tensor of 10 elements, received Tensor\(f32/],
     [{ ...good, quant_map: good.nested_quant_map! }, /quant_map: expected a f32 tensor of 16/],
     [{ ...good, "quant_state.bitsandbytes__fp4": good[KEY]! }, /expected one key, received 2/],
-    [{ ...plain, blocksize: 0 }, /blocksize: expected a size, received 0/],
+    [{ ...plain, blocksize: 0 }, /blocksize: expected one of 32, .*, received 0/],
     [{ ...plain, dtype: "int8" }, /dtype: expected float32, float16 or bfloat16/],
     [{ ...plain, quant_type: "nf5" }, /quant_type: expected nf4 or fp4/],
   ];
@@ -112,4 +112,24 @@ test("what does not fit together is refused by name, and nothing is kept", async
   }
   expect(memory().cpu!.tensors).toBe(before);
   dispose(A, codes, state, good, plain);
+});
+
+test("block sizes that no kernel knows are refused by name", async () => {
+  const A = tensor(normals(64 * 300, "sizes"));
+  const [codes, state] = quantize4bit(A, { quantType: "nf4", compressStatistics: true });
+  const dict = await state.asDict();
+  for (const [key, size] of [
+    ["nested_blocksize", 200],
+    ["nested_blocksize", 2 ** 33],
+    ["blocksize", 48],
+  ] as const) {
+    const error = QuantState.fromDict({ ...dict, [key]: size });
+    await expect(error).rejects.toThrow(
+      `[QuantState.fromDict] ${key}: expected one of 32, 64, 128, 256, 512, 1024, 2048, 4096, received ${size}`,
+    );
+  }
+  const { state2, ...fields } = state;
+  const odd = new QuantState({ ...fields, state2: new QuantState({ ...state2!, blocksize: 200 }) });
+  expect(() => dequantize4bit(codes, odd)).toThrow(/\[dequantize4bit\] blocksize: expected one of 32.*received 200/);
+  dispose(A, codes, state, dict);
 });

@@ -124,7 +124,12 @@ export class CpuBackend implements Backend {
     if (aside) {
       source = this.reserve(bytes, true);
       const dst = { storage: source, byteOffset: 0 };
-      this.launch("copy", { src: { storage: src, byteOffset: srcOffset }, dst, bytes });
+      try {
+        this.launch("copy", { src: { storage: src, byteOffset: srcOffset }, dst, bytes });
+      } catch (error) {
+        this.release(source);
+        throw error;
+      }
     }
     const pin: Pin = { storage: source, offset: aside ? 0 : srcOffset, bytes, taken: undefined };
     source.reads++;
@@ -189,7 +194,12 @@ export class CpuBackend implements Backend {
     if (!storage) {
       const data = bytes();
       storage = this.reserve(data.byteLength, true);
-      this.write(storage, 0, data);
+      try {
+        this.write(storage, 0, data);
+      } catch (error) {
+        this.release(storage);
+        throw error;
+      }
       this.constants.set(key, storage);
       this.constantsGone.register(key, storage);
     }

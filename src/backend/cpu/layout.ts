@@ -20,12 +20,10 @@ export const FENCE = LOW_WAITERS + LINE;
 export const ABORT = FENCE + LINE;
 /** Workers that have arrived in the starting task. */
 export const ARRIVED = ABORT + LINE;
-/** Faults that commands have put into the queue so far, and FENCE as it was at the last one (two words). */
+/** Commands that have met a fault so far (u32, wraps). */
 export const FAULTS = ARRIVED + LINE;
-/** Faults that reads have taken out of it. */
-export const FAULTS_TAKEN = FAULTS + LINE;
 /** Taken by the first worker that fails; only it writes the words at ERROR and then sets ABORT. */
-export const ERROR_CLAIM = FAULTS_TAKEN + LINE;
+export const ERROR_CLAIM = FAULTS + LINE;
 /** The failed worker's words: command, message length, then UTF-8 text. */
 export const ERROR = ERROR_CLAIM + LINE;
 export const ERROR_TEXT = ERROR + 8;
@@ -35,11 +33,6 @@ export const ERROR_TEXT_BYTES = 1024;
 export const PROGRESS = 4096;
 export const MAX_THREADS = 64;
 export const MAIN_SLOT = MAX_THREADS;
-
-/** The queue of faults, in the order of the commands: command, context, index. */
-export const FAULT_QUEUE = 12544;
-export const FAULT_SLOTS = 128;
-export const FAULT_BYTES = 16;
 
 /** The ring: RING_SLOTS records of RECORD_BYTES. A record's words, then the operand struct. */
 export const RING = 16384;

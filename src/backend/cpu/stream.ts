@@ -23,6 +23,8 @@ function kernelModule(): WebAssembly.Module {
 /** A read that waits for its fence. */
 interface Waiter {
   readonly seq: number;
+  /** The first of the commands below `seq`, and not below that of the read before, to meet one. */
+  fault: NonFiniteError | undefined;
   readonly resolve: () => void;
   readonly reject: (error: Error) => void;
 }
@@ -47,6 +49,11 @@ export class CommandStream {
   private lastFence = 0;
   private waiters: Waiter[] = [];
   private listening = false;
+  /** How many faults have been looked at, and below which command there are no others. */
+  private faults = 0;
+  private searchedBelow = 0;
+  /** What the next read that is made has to report. */
+  private readonly next: Pick<Waiter, "fault"> = { fault: undefined };
   /** Launch contexts by the number that records carry; 0 is none. */
   private readonly contexts: (LaunchContext | undefined)[] = [undefined];
   private readonly contextIds = new Map<LaunchContext, number>();
@@ -121,7 +128,7 @@ export class CommandStream {
     if (this.failure) return Promise.reject(this.failure);
     return new Promise((resolve, reject) => {
       const seq = this.low === this.head ? this.head : this.fence();
-      this.waiters.push({ seq, resolve, reject });
+      this.waiters.push({ seq, fault: this.takeFault(), resolve, reject });
       this.listen();
     });
   }
@@ -130,7 +137,9 @@ export class CommandStream {
   waitSync(): void {
     if (this.failure) throw this.failure;
     if (this.low < this.head) this.blockUntil(this.fence());
-    this.throwFault(this.head);
+    this.findFaults();
+    const fault = this.takeFault();
+    if (fault) throw fault;
   }
 
   /** Blocks until everything enqueued so far is complete, leaving faults for the next read. */
@@ -156,8 +165,11 @@ export class CommandStream {
     if (!this.failure) this.fail(new BackendError("cpu", "the backend was restarted"));
     await this.stopPool();
     const words = this.words;
-    const zeroed = [L.PARKED, L.LOW_WAITERS, L.ABORT, L.ARRIVED, L.FAULTS, L.FAULTS_TAKEN, L.ERROR_CLAIM];
-    for (const word of zeroed) Atomics.store(words, word >> 2, 0);
+    for (const word of [L.PARKED, L.LOW_WAITERS, L.ABORT, L.ARRIVED, L.FAULTS, L.ERROR_CLAIM])
+      Atomics.store(words, word >> 2, 0);
+    this.faults = 0;
+    this.searchedBelow = this.head;
+    this.next.fault = undefined;
     Atomics.store(words, L.LOW >> 2, this.head | 0);
     for (let slot = 0; slot <= L.MAIN_SLOT; slot++) words[(L.PROGRESS + slot * L.LINE + 4) >> 2] = 1;
     this.failure = undefined;
@@ -238,34 +250,38 @@ export class CommandStream {
 
   private settle(): void {
     const done = this.fenced;
+    this.findFaults();
     while (this.waiters.length > 0 && this.waiters[0]!.seq <= done) {
-      const waiter = this.waiters.shift()!;
-      const fault = this.takeFault(waiter.seq);
-      if (fault) waiter.reject(fault);
-      else waiter.resolve();
+      const { fault, resolve, reject } = this.waiters.shift()!;
+      if (fault) reject(fault);
+      else resolve();
     }
   }
 
-  /** The first fault of the commands below `before` that no read has taken yet; the others are dropped with it. */
-  private takeFault(before: number): NonFiniteError | undefined {
-    const { words } = this;
+  /** Gives what complete commands have met to the first read after each; that reports only the first it is given. */
+  private findFaults(): void {
+    const { low, words } = this;
     const count = Atomics.load(words, L.FAULTS >> 2);
-    let taken = words[L.FAULTS_TAKEN >> 2]!;
-    let first: NonFiniteError | undefined;
-    for (; taken !== count; taken = (taken + 1) | 0) {
-      const at = (L.FAULT_QUEUE + (taken & (L.FAULT_SLOTS - 1)) * L.FAULT_BYTES) >> 2;
-      if (this.head - ((this.head - words[at]!) >>> 0) >= before) break;
-      const context = this.contexts[words[at + 1]!];
-      const index = words[at + 2]! >>> 0;
-      first ??= new NonFiniteError(context?.op ?? "kernel", context?.operand ?? "operand", index, context?.unit);
+    let waiter = 0;
+    for (let k = this.searchedBelow; k < low && this.faults !== count; k++) {
+      const at = (L.RING + (k % L.RING_SLOTS) * L.RECORD_BYTES) >> 2;
+      const index = words[at + (L.RECORD_FAULT >> 2)]! >>> 0;
+      if (index === L.NO_FAULT) continue;
+      this.faults = (this.faults + 1) | 0;
+      while (waiter < this.waiters.length && this.waiters[waiter]!.seq <= k) waiter++;
+      const taker = this.waiters[waiter] ?? this.next;
+      if (taker.fault) continue;
+      const context = this.contexts[words[at + (L.RECORD_CONTEXT >> 2)]!];
+      taker.fault = new NonFiniteError(context?.op ?? "kernel", context?.operand ?? "operand", index, context?.unit);
     }
-    Atomics.store(words, L.FAULTS_TAKEN >> 2, taken);
-    return first;
+    this.searchedBelow = low;
   }
 
-  private throwFault(before: number): void {
-    const fault = this.takeFault(before);
-    if (fault) throw fault;
+  /** For a read that is being made: what has been found before it and nobody reports. */
+  private takeFault(): NonFiniteError | undefined {
+    const { fault } = this.next;
+    this.next.fault = undefined;
+    return fault;
   }
 
   private noticeAbort(): void {
@@ -341,6 +357,8 @@ export class CommandStream {
     const watch = this.stallWatch();
     for (let round = 0; ; round++) {
       this.reusableBelow = this.oldestInUse() + L.RING_SLOTS;
+      // The next commands overwrite the records of complete ones.
+      this.findFaults();
       if (this.head < this.reusableBelow) return;
       if (!this.pool?.running) {
         // Half a ring at a time: the slots are then free, and the next launches do not come here again at once.

@@ -18,7 +18,7 @@ export const BINDING = {
   noLibrary: -4,
   /** The driver library lacks a function that is needed: `detail()` names it. */
   missingSymbol: -5,
-  /** Host memory is exhausted. */
+  /** Host memory, handles or threads are exhausted. */
   outOfHostMemory: -6,
   /** Called before `open`. */
   closed: -7,
@@ -40,7 +40,10 @@ export interface CudaAddon {
   open(path?: string): Status;
   /** More words about the last failure: the loader's, a missing symbol's name, the JIT compiler's log. "" if none. */
   detail(): string;
-  /** The driver's name and words for a status (`["CUDA_ERROR_OUT_OF_MEMORY", "out of memory"]`); also for `BINDING`'s. */
+  /**
+   * The driver's name and words for a status (`["CUDA_ERROR_OUT_OF_MEMORY", "out of memory"]`); also for `BINDING`'s. "unknown"
+   * before `open`, and on other threads.
+   */
   describe(status: Status): [name: string, words: string];
   /** cuInit. */
   init(): Status;

@@ -112,8 +112,10 @@ export interface ArenaOptions {
   readonly guards: boolean;
   /** Copies device memory to the host, after all that was enqueued; for the guards. */
   readonly peek: (address: number, bytes: number) => Uint8Array;
-  /** Bytes that the device could still give, for messages. */
+  /** Bytes that the device could still give. */
   readonly free: () => number;
+  /** Take no more than `free` says: the driver of an integrated GPU goes on where the system then kills a process. */
+  readonly careful: boolean;
 }
 
 /** What a segment holds, for tests and diagnosis. */
@@ -229,8 +231,8 @@ export class Arena {
 
   /** A new segment as one free block, or undefined when neither limit nor driver allow one. */
   private grow(need: number, small: boolean): Block | undefined {
-    if (this.limitBytes - this.committedBytes < need && !this.trim()) return undefined;
-    const room = this.limitBytes - this.committedBytes;
+    let room = this.room(this.options.careful);
+    if (room < need && this.trim()) room = this.room(this.options.careful);
     if (room < need) return undefined;
     const bytes = Math.min(roundUp(need, SEGMENT), Math.floor(room / ALIGN) * ALIGN);
     const { addon } = this.stream;
@@ -245,6 +247,11 @@ export class Arena {
     this.committedBytes += bytes;
     this.poolOf(segment.first).add(segment.first);
     return segment.first;
+  }
+
+  private room(asked: boolean): number {
+    const room = this.limitBytes - this.committedBytes;
+    return asked ? Math.min(room, this.options.free()) : room;
   }
 
   private poolOf(block: Block): FreeBlocks {
@@ -286,8 +293,7 @@ export class Arena {
 
   private outOfMemory(requested: number): OutOfMemoryError {
     const cached = this.free.small.bytes + this.free.large.bytes;
-    const room = Math.min(this.limitBytes - this.committedBytes, this.options.free());
-    return new OutOfMemoryError("cuda", requested, cached + Math.max(0, room), this.limitBytes);
+    return new OutOfMemoryError("cuda", requested, cached + Math.max(0, this.room(true)), this.limitBytes);
   }
 
   private checkStorage(storage: CudaStorage): void {

@@ -33,7 +33,7 @@ export interface CudaOptions {
   readonly device?: number;
   /**
    * Most bytes of device memory to take. Default: all that the GPU has; on an integrated GPU, which shares its memory with the
-   * system, what is available when the backend is made.
+   * system, what is available when the backend is made. There no allocation takes more than what is available at that time.
    */
   readonly memoryLimit?: number;
   /** Surround every allocation with known bytes and check them on release: finds kernels that overrun. Very slow. */
@@ -118,6 +118,7 @@ export class CudaBackend implements Backend {
       guards: options.guards ?? false,
       peek: (address, bytes) => this.peek(address, bytes),
       free: () => (integrated ? availableMemory().bytes : addon.memoryInfo() === 0 ? addon.results[0]! : 0),
+      careful: integrated,
     });
     this.stream.relieve = () => this.arena.trim();
     this.pinned = new PinnedMemory(this.stream);
@@ -195,7 +196,12 @@ export class CudaBackend implements Backend {
       this.check("constant");
       const data = bytes();
       storage = this.arena.allocate(data.byteLength, true);
-      this.write(storage, 0, data);
+      try {
+        this.write(storage, 0, data);
+      } catch (error) {
+        this.arena.release(storage);
+        throw error;
+      }
       this.constants.set(key, storage);
       this.constantsGone.register(key, storage);
     }

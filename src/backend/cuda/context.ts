@@ -32,7 +32,6 @@ export class SharedContext {
   release(): void {
     if (--this.users > 0) return;
     this.waiting.clear();
-    this.addon.hold(false);
     this.addon.releaseContext();
   }
 

@@ -14,8 +14,6 @@ export interface CudaDevice {
   /** 87 for compute capability 8.7. */
   readonly architecture: number;
   readonly multiprocessors: number;
-  /** Threads that a multiprocessor holds at a time. */
-  readonly threadsPerMultiprocessor: number;
   readonly totalBytes: number;
   /** Shares its memory with the host, as on a Jetson. */
   readonly integrated: boolean;
@@ -30,7 +28,6 @@ export interface CudaDevice {
 const ATTRIBUTE = {
   multiprocessors: 16,
   integrated: 18,
-  threadsPerMultiprocessor: 39,
   capabilityMajor: 75,
   capabilityMinor: 76,
   concurrentManagedAccess: 89,
@@ -138,7 +135,6 @@ function describeDevice({ addon, version }: CudaDriver, ordinal: number): CudaDe
     uuid: identity.uuid ?? "",
     architecture: attribute("capabilityMajor") * 10 + attribute("capabilityMinor"),
     multiprocessors: attribute("multiprocessors"),
-    threadsPerMultiprocessor: attribute("threadsPerMultiprocessor"),
     totalBytes,
     integrated: attribute("integrated") !== 0,
     driverVersion: version,

@@ -16,11 +16,8 @@ const CONTEXTS = 256;
 /** One less than 24 bits hold, so that no fault looks like none. */
 const LAST_LAUNCH = 2 ** 24 - 2;
 
-/** What one read has to look at when its copies are done. */
-export interface FaultCheck {
-  /** The fault, if there was one. To be called once. */
-  take(): NonFiniteError | undefined;
-}
+/** What one read has to look at when its copies are done: copies of the word, the earliest first. */
+export type FaultCheck = readonly Slot[];
 
 export class FaultWord {
   /** Launches since the last check that may report. */
@@ -29,11 +26,13 @@ export class FaultWord {
   private readonly contexts: (LaunchContext | undefined)[] = [undefined];
   private readonly contextIds = new Map<LaunchContext, number>();
   private readonly slots: SlotPool;
+  /** Copies for reads that ended with an error of their own: the next read reports what is in them. */
+  private left: Slot[] = [];
   private word = 0;
 
   constructor(
     private readonly stream: CudaStream,
-    memory: PinnedMemory,
+    private readonly memory: PinnedMemory,
     /** Reserves device memory for the word. */
     private readonly reserve: (bytes: number) => number,
   ) {
@@ -57,29 +56,55 @@ export class FaultWord {
     return key;
   }
 
-  /** Enqueues a copy of the word for a read that is being made, and resets it; nothing when no launch since could report. */
+  /**
+   * Enqueues a copy of the word for a read that is being made, and resets it; nothing when no launch since could report.
+   * To be handed to `take` or `leave`. @throws OutOfMemoryError, CudaError
+   */
   check(): FaultCheck | undefined {
-    if (this.launches === 0) return undefined;
-    const slot = this.slots.take();
-    if (!slot) throw new Error("[cuda] no slot for a fault");
-    this.stream.copyToHost(slot.host, slot.offset, this.word, WORD_BYTES);
-    this.reset();
-    return { take: () => this.take(slot) };
+    if (this.launches > 0) {
+      const slot = this.slots.take();
+      if (!slot) throw this.memory.outOfMemory(WORD_BYTES);
+      this.stream.copyToHost(slot.host, slot.offset, this.word, WORD_BYTES);
+      this.left.push(slot);
+      this.clear();
+    }
+    if (this.left.length === 0) return undefined;
+    const check = this.left;
+    this.left = [];
+    return check;
+  }
+
+  /** The first fault of a read whose copies are done. */
+  take(check: FaultCheck): NonFiniteError | undefined {
+    let first: NonFiniteError | undefined;
+    for (const slot of check) {
+      first ??= this.look(slot);
+      this.slots.give(slot);
+    }
+    return first;
+  }
+
+  /** For a read that reports something else. */
+  leave(check: FaultCheck): void {
+    this.left.push(...check);
   }
 
   /** Forgets what was reported. */
   reset(): void {
-    if (this.word === 0) return;
+    for (const slot of this.left.splice(0)) this.slots.give(slot);
+    if (this.word !== 0) this.clear();
+  }
+
+  private clear(): void {
     this.stream.fill(this.word, NONE, WORD_BYTES);
     this.launches = 0;
   }
 
-  private take(slot: Slot): NonFiniteError | undefined {
-    const bytes = new Uint32Array(2);
-    const status = this.stream.addon.hostRead(slot.host, slot.offset, new Uint8Array(bytes.buffer));
-    this.slots.give(slot);
-    if (status !== 0) return undefined;
-    const [index, key] = bytes as unknown as [number, number];
+  private look(slot: Slot): NonFiniteError | undefined {
+    const words = new Uint32Array(2);
+    const { stream } = this;
+    stream.check("hostRead", stream.addon.hostRead(slot.host, slot.offset, new Uint8Array(words.buffer)));
+    const [index, key] = words as unknown as [number, number];
     if (key === NONE) return undefined;
     const context = this.contexts[key % CONTEXTS];
     return new NonFiniteError(context?.op ?? "kernel", context?.operand ?? "operand", index, context?.unit);

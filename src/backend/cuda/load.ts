@@ -1,10 +1,10 @@
 /** Finds and loads the native addon, and turns its statuses into errors. */
-import { existsSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 import { isMainThread } from "node:worker_threads";
-import { CudaError, CudaUnavailableError } from "../../core/errors.js";
+import { CudaError, type CudaUnavailableCause, CudaUnavailableError } from "../../core/errors.js";
+import { systemPathExists } from "../system.js";
 import { BINDING, type CudaAddon, type Status } from "./addon.js";
 
 const PACKAGE = fileURLToPath(new URL("../../../", import.meta.url));
@@ -17,7 +17,7 @@ const ARCHITECTURES: readonly string[] = ["x64", "arm64"];
 export function addonPath(root = PACKAGE): string {
   const target = `linux-${process.arch}`;
   const built = join(root, "build", "addon", target, "Release", "halfbyte.node");
-  return existsSync(built) ? built : join(root, "prebuilds", target, "halfbyte.node");
+  return systemPathExists(built) ? built : join(root, "prebuilds", target, "halfbyte.node");
 }
 
 /**
@@ -41,7 +41,7 @@ export function findAddon(root = PACKAGE): string {
     );
   }
   const file = addonPath(root);
-  if (!existsSync(file)) {
+  if (!systemPathExists(file)) {
     throw new CudaUnavailableError(
       "addon-missing",
       `there is no native addon (${file})`,
@@ -61,21 +61,36 @@ export function loadAddon(root = PACKAGE): CudaAddon {
   try {
     return createRequire(import.meta.url)(file) as CudaAddon;
   } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException;
+    const forbidden = code === "ERR_DLOPEN_DISABLED";
     throw new CudaUnavailableError(
       "platform",
-      `the native addon does not load on this system (${(error as Error).message})`,
-      "Build it from its sources: npm run build:addon.",
+      `the native addon does not load ${forbidden ? "in this process" : "on this system"} (${message.replace(/\.$/, "")})`,
+      forbidden
+        ? "Start Node.js without --no-addons, or with --allow-addons where it has --permission."
+        : "Build it from its sources: npm run build:addon.",
     );
   }
 }
 
-/** What cuInit says about the machine, by CUresult. Anything else is a `driver-error`. */
-const INIT_CAUSES: Readonly<Record<number, ["no-driver" | "driver-too-old" | "no-device", string]>> = {
+/** The first calls of a driver: when one fails, there is none to be used. */
+const FIRST_CALLS: Readonly<Partial<Record<keyof CudaAddon, string>>> = {
+  driverVersion: "cuDriverGetVersion",
+  init: "cuInit",
+};
+
+/** What they say about the machine, by CUresult. Anything else is a `driver-error`. */
+const INIT_CAUSES: Readonly<Record<number, [CudaUnavailableCause, string]>> = {
   34: ["no-driver", "This is the toolkit's stub: put the driver's own libcuda.so.1 before it on the library path."],
   35: ["driver-too-old", "Update the NVIDIA driver, on a Jetson JetPack."],
   100: [
     "no-device",
-    "Check that the GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES, the container's --gpus or --runtime).",
+    "Check that the GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES, the container's --gpus or --runtime; on a Jetson the groups video and render).",
+  ],
+  803: ["driver-error", "Restart after an update of the driver, and take cuda-compat off the library path."],
+  804: [
+    "driver-error",
+    "Take cuda-compat off the library path (LD_LIBRARY_PATH, /etc/ld.so.conf.d): not for this GPU.",
   ],
 };
 
@@ -83,7 +98,7 @@ const INIT_CAUSES: Readonly<Record<number, ["no-driver" | "driver-too-old" | "no
  * Nothing for success; otherwise throws what the status means.
  * @param call the addon's function that returned it
  * @param kernel the kernel it was about
- * @throws CudaUnavailableError when the library, one of its functions or a device is missing, or cuInit failed
+ * @throws CudaUnavailableError when the library, one of its functions or a device is missing, or the driver does not start
  * @throws CudaError else
  */
 export function check(addon: CudaAddon, call: keyof CudaAddon, status: Status, kernel?: string): void {
@@ -107,12 +122,13 @@ function failure(addon: CudaAddon, call: keyof CudaAddon, status: Status, kernel
       "Update the NVIDIA driver, on a Jetson JetPack.",
     );
   }
-  if (call === "init" && status > 0) {
+  const first = FIRST_CALLS[call];
+  if (first !== undefined && status > 0) {
     const [reason, advice] = INIT_CAUSES[status] ?? [
       "driver-error",
-      "Check the driver with nvidia-smi or dmesg; a restart mends a driver that was updated underneath its kernel module.",
+      "Look at dmesg and nvidia-smi; on a Jetson the user must be in the groups video and render; a restart mends a driver that was updated underneath its kernel module.",
     ];
-    return new CudaUnavailableError(reason, `cuInit failed with ${name} (${status}), ${words}`, advice);
+    return new CudaUnavailableError(reason, `${first} failed with ${name} (${status}), ${words}`, advice);
   }
   return new CudaError(call, status, name, detail ? `${words}: ${detail}` : words, kernel);
 }

@@ -44,13 +44,10 @@ export class KernelModules {
 
   /** What a launch launches. @throws NoKernelImageError, FormatError, BackendError */
   entry(family: KernelFamily, launch: Launch): Entry {
-    const { shared } = launch;
     const entry = this.entries.get(launch.entry) ?? this.find(family, launch);
-    if (shared > entry.shared) {
-      const { stream } = this;
-      const status = stream.addon.functionSetAttribute(entry.func, MAX_DYNAMIC_SHARED, shared);
-      stream.check("functionSetAttribute", status);
-      entry.shared = shared;
+    if (launch.shared > entry.shared) {
+      this.allow(entry.func, launch.shared);
+      entry.shared = launch.shared;
     }
     return entry;
   }
@@ -71,14 +68,21 @@ export class KernelModules {
     }
     stream.check("moduleFunction", status);
     const func = stream.addon.results[0]!;
+    // What does not fit yet is resident nowhere.
+    if (shared > DEFAULT_SHARED) this.allow(func, shared);
     let resident = Number.POSITIVE_INFINITY;
     if (walks) {
       stream.check("functionOccupancy", stream.addon.functionOccupancy(func, block, shared));
       resident = Math.max(1, stream.addon.results[0]!) * this.device.multiprocessors;
     }
-    const entry = { func, shared: DEFAULT_SHARED, resident };
+    const entry = { func, shared: Math.max(shared, DEFAULT_SHARED), resident };
     this.entries.set(name, entry);
     return entry;
+  }
+
+  private allow(func: number, shared: number): void {
+    const { stream } = this;
+    stream.check("functionSetAttribute", stream.addon.functionSetAttribute(func, MAX_DYNAMIC_SHARED, shared));
   }
 
   private load(family: KernelFamily): LoadedFamily {
@@ -89,7 +93,15 @@ export class KernelModules {
     if (status !== 0) throw stream.error("moduleLoad", status, description);
     const loaded = { module: stream.addon.results[0]!, description };
     this.families.set(family, loaded);
-    this.loaded(family);
+    try {
+      this.loaded(family);
+    } catch (error) {
+      // The next launch begins again, and warms up before it.
+      this.families.delete(family);
+      this.entries.clear();
+      stream.addon.moduleUnload(loaded.module);
+      throw error;
+    }
     return loaded;
   }
 }

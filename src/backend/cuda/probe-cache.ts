@@ -80,7 +80,11 @@ function cacheFile(): string {
 
 function load(): Entry[] {
   try {
-    const { format, entries } = JSON.parse(readFileSync(cacheFile(), "utf8")) as {
+    const file = cacheFile();
+    const stat = statSync(file);
+    // In a folder that several users share, what another one has written is no answer, nor is a pipe.
+    if (!stat.isFile() || stat.uid !== process.geteuid?.()) return [];
+    const { format, entries } = JSON.parse(readFileSync(file, "utf8")) as {
       format?: unknown;
       entries?: unknown;
     };
@@ -92,10 +96,11 @@ function load(): Entry[] {
 
 function save(entries: readonly Entry[]): void {
   const file = cacheFile();
-  mkdirSync(dirname(file), { recursive: true });
+  mkdirSync(dirname(file), { recursive: true, mode: 0o700 });
   const beside = `${file}.${process.pid}.tmp`;
   try {
-    writeFileSync(beside, JSON.stringify({ format: FORMAT, entries }));
+    // Never through a link that somebody has put there.
+    writeFileSync(beside, JSON.stringify({ format: FORMAT, entries }), { flag: "wx", mode: 0o600 });
     renameSync(beside, file);
   } finally {
     rmSync(beside, { force: true });

@@ -3,7 +3,7 @@
  * numbers: a driver that crashes or hangs must not take the user's program along. A success is remembered, in this process and
  * in a file; a failure in this process only, so that whatever is mended is seen by the next one.
  */
-import { type ChildProcess, spawn, spawnSync } from "node:child_process";
+import { type ChildProcess, type SpawnSyncReturns, spawn, spawnSync } from "node:child_process";
 import type { Readable } from "node:stream";
 import { fileURLToPath } from "node:url";
 import {
@@ -101,6 +101,11 @@ const LAST_WORDS = 400;
 const MAX_WORDS = 64 << 20;
 /** Milliseconds between the end of the process and that of its pipes. */
 const GRACE = 500;
+/**
+ * Set in the probe's process. Where `process.execPath` is not Node but a program that contains it, that program itself is what a
+ * probe starts: it would start the next one, and so on for ever.
+ */
+const INSIDE = "HALFBYTE_INSIDE_PROBE";
 
 const NO_DRIVER: Failure = {
   ok: false,
@@ -108,6 +113,14 @@ const NO_DRIVER: Failure = {
   detail: "there is no NVIDIA driver on this machine (no device file, no libcuda.so.1)",
   advice:
     "On a machine with an NVIDIA GPU install its driver; in a container pass the GPU in (--gpus all or --runtime=nvidia).",
+  cached: false,
+};
+
+const NESTED: Failure = {
+  ok: false,
+  reason: "probe-crashed",
+  detail: "this process was itself started by a probe, in the place of Node.js",
+  advice: "Make process.execPath a Node.js that runs the script it is given.",
   cached: false,
 };
 
@@ -171,6 +184,7 @@ function prepare(options: ProbeOptions): ProbeResult | Plan {
     return nothing && reason === "addon-missing" ? NO_DRIVER : { ok: false, reason, detail, advice, cached: false };
   }
   if (nothing) return NO_DRIVER;
+  if (process.env[INSIDE]) return NESTED;
   const { device = 0 } = options;
   const target = { device, kernels: kernelFolder(options.kernels), library, addon };
   const key = JSON.stringify(target);
@@ -197,7 +211,7 @@ function invocation({ target }: Plan) {
   const { device, kernels, library } = target;
   const request: ProbeRequest = { device, kernels, library };
   // What the user's program wants of Node (a debugger, hooks) is nothing for the probe.
-  const env = { ...process.env, NODE_OPTIONS: "", ELECTRON_RUN_AS_NODE: "1" };
+  const env = { ...process.env, NODE_OPTIONS: "", ELECTRON_RUN_AS_NODE: "1", [INSIDE]: "1" };
   return { args: [fileURLToPath(CHILD), JSON.stringify(request)], env };
 }
 
@@ -229,30 +243,37 @@ function run(plan: Plan): Promise<Outcome> {
       return;
     }
     process.on("exit", kill);
-    const [words, results] = [child.stderr!, child.stdio[PROBE_FD] as Readable];
-    words.setEncoding("utf8").on("data", (text: string) => {
-      stderr = (stderr + text).slice(-4 * LAST_WORDS);
-    });
-    results.setEncoding("utf8").on("data", (text: string) => {
-      messages += text;
-    });
     child.on("error", (error) => done({ code: null, signal: null, error }));
     child.on("close", (code, signal) => done({ code, signal }));
     // Something that the driver has started may hold the pipes open.
-    child.on("exit", (code, signal) => setTimeout(() => done({ code, signal }), GRACE));
+    child.on("exit", (code, signal) => setTimeout(() => done({ code, signal }), GRACE).unref());
+    // A process that is out of file descriptors gets no pipes, whatever the types say; the error comes by its event.
+    const [words, results] = [child.stderr, child.stdio?.[PROBE_FD] as Readable | undefined];
+    words?.setEncoding("utf8").on("data", (text: string) => {
+      stderr = (stderr + text).slice(-4 * LAST_WORDS);
+    });
+    results?.setEncoding("utf8").on("data", (text: string) => {
+      messages += text;
+    });
   });
 }
 
 function runSync(plan: Plan): Outcome {
   const { args, env } = invocation(plan);
-  const ended = spawnSync(process.execPath, args, {
-    env,
-    stdio: ["ignore", "ignore", "pipe", "pipe"],
-    timeout: plan.timeout,
-    killSignal: "SIGKILL",
-    encoding: "utf8",
-    maxBuffer: MAX_WORDS,
-  });
+  let ended: SpawnSyncReturns<string>;
+  try {
+    ended = spawnSync(process.execPath, args, {
+      env,
+      stdio: ["ignore", "ignore", "pipe", "pipe"],
+      timeout: plan.timeout,
+      killSignal: "SIGKILL",
+      encoding: "utf8",
+      maxBuffer: MAX_WORDS,
+    });
+  } catch (error) {
+    // Node's permission model throws where everything else is in the result.
+    return { code: null, signal: null, timedOut: false, error: error as Error, messages: "", stderr: "" };
+  }
   const timedOut = (ended.error as NodeJS.ErrnoException | undefined)?.code === "ETIMEDOUT";
   const { status: code, signal, error } = ended;
   const [, , stderr, messages] = ended.output ?? [];

@@ -18,13 +18,19 @@ export const READ_SLOT = 4 << 20;
 export const READ_SLOTS = 16;
 export const READ_SLOTS_INTEGRATED = 4;
 
+/** The reads of one size: their slots, and those that wait for one, the oldest first. */
+interface Lane {
+  readonly slots: SlotPool;
+  readonly waiting: Set<Read>;
+}
+
 /** A read under way. */
 interface Read {
   /** Undefined: nothing but a wait. */
   readonly storage: CudaStorage | undefined;
   readonly address: number;
   readonly result: Uint8Array<ArrayBuffer>;
-  readonly pool: SlotPool;
+  readonly lane: Lane;
   readonly check: FaultCheck | undefined;
   /** Bytes whose copies are enqueued, and bytes that are in `result`. */
   issued: number;
@@ -49,12 +55,10 @@ interface Chunk {
 }
 
 export class ReadQueue {
-  private readonly small: SlotPool;
-  private readonly large: SlotPool;
+  private readonly small: Lane;
+  private readonly large: Lane;
   /** Copies that are enqueued and not taken yet, in the stream's order. */
   private readonly chunks = new Set<Chunk>();
-  /** Reads that wait for slots. */
-  private readonly waiting = new Set<Read>();
   private readonly open = new Set<Read>();
 
   constructor(
@@ -65,13 +69,14 @@ export class ReadQueue {
     /** Called for a storage that was released while reads were waiting, when the last of them has its copies enqueued. */
     private readonly reclaim: (storage: CudaStorage) => void,
   ) {
-    this.small = new SlotPool(memory, SMALL_READ, 16, SMALL_READS);
-    this.large = new SlotPool(memory, READ_SLOT, 1, integrated ? READ_SLOTS_INTEGRATED : READ_SLOTS);
+    const most = integrated ? READ_SLOTS_INTEGRATED : READ_SLOTS;
+    this.small = { slots: new SlotPool(memory, SMALL_READ, 16, SMALL_READS), waiting: new Set() };
+    this.large = { slots: new SlotPool(memory, READ_SLOT, 1, most), waiting: new Set() };
   }
 
   /** Whether `settle` may have something to do. */
   get pinning(): boolean {
-    return this.waiting.size > 0;
+    return this.small.waiting.size + this.large.waiting.size > 0;
   }
 
   /** The bytes; rejects with NonFiniteError or BackendError. Without a storage: when everything before is done. */
@@ -96,19 +101,23 @@ export class ReadQueue {
       for (this.issue(read); !read.over; this.issue(read)) this.takeOldest(read);
     } catch (error) {
       this.end(read, error);
+    }
+    if (failure) {
       // Nobody else waits for its copies. Their slots may be used at once: what writes there next runs later.
       for (const chunk of this.chunks) if (chunk.read === read) this.drop(chunk);
+      throw failure.error;
     }
-    if (failure) throw failure.error;
     return read.result;
   }
 
   /** Enqueues what reads of this storage still have to copy; blocks while there is no slot. */
   settle(storage: CudaStorage): void {
     if (storage.reads === 0) return;
-    for (const read of this.waiting) {
-      if (read.storage !== storage) continue;
-      for (this.issue(read); !read.complete; this.issue(read)) this.takeOldest(read);
+    for (const { waiting } of [this.small, this.large]) {
+      for (const read of waiting) {
+        if (read.storage !== storage) continue;
+        for (this.issue(read); !read.complete && !read.over; this.issue(read)) this.takeOldest(read);
+      }
     }
   }
 
@@ -129,7 +138,7 @@ export class ReadQueue {
       storage,
       address: storage ? storage.address + offset : 0,
       result,
-      pool: bytes <= SMALL_READ ? this.small : this.large,
+      lane: bytes <= SMALL_READ ? this.small : this.large,
       check: this.faults.check(),
       issued: 0,
       taken: 0,
@@ -146,20 +155,21 @@ export class ReadQueue {
   private issue(read: Read): void {
     if (read.over || read.complete) return;
     const { stream } = this;
+    const { slots } = read.lane;
     const total = read.result.byteLength;
     do {
-      const slot = total === 0 ? undefined : read.pool.take();
+      const slot = total === 0 ? undefined : slots.take();
       if (total > 0 && !slot) {
         this.hold(read);
         return;
       }
       const at = read.issued;
-      const bytes = Math.min(read.pool.slotBytes, total - at);
+      const bytes = Math.min(slots.slotBytes, total - at);
       try {
         if (slot) stream.copyToHost(slot.host, slot.offset, read.address + at, bytes);
         this.follow({ read, slot, at, bytes, event: stream.mark(), watched: read.resolve !== undefined });
       } catch (error) {
-        if (slot) read.pool.give(slot);
+        if (slot) slots.give(slot);
         throw error;
       }
       read.issued += bytes;
@@ -186,24 +196,25 @@ export class ReadQueue {
         this.end(chunk.read, this.stream.error("eventSynchronize", status));
       }
     }
-    this.pump();
+    this.pump(chunk.read.lane);
   }
 
   /** Lets waiting reads use the slots that came back. */
-  private pump(): void {
-    for (const read of this.waiting) {
+  private pump({ waiting }: Lane): void {
+    for (const read of waiting) {
       try {
         this.issue(read);
       } catch (error) {
         this.end(read, error);
       }
+      if (waiting.has(read)) return;
     }
   }
 
   /** Blocks until a copy is done that `read` needs (its own, or one whose slot it can use), and takes its bytes. */
   private takeOldest(read: Read): void {
     for (const chunk of this.chunks) {
-      const needed = read.complete ? chunk.read === read : chunk.slot && chunk.read.pool === read.pool;
+      const needed = read.complete ? chunk.read === read : chunk.slot && chunk.read.lane === read.lane;
       if (!needed) continue;
       this.stream.await(chunk.event);
       this.take(chunk);
@@ -231,7 +242,7 @@ export class ReadQueue {
 
   private drop(chunk: Chunk): void {
     this.chunks.delete(chunk);
-    if (chunk.slot) chunk.read.pool.give(chunk.slot);
+    if (chunk.slot) chunk.read.lane.slots.give(chunk.slot);
     if (!chunk.watched) this.stream.recycle(chunk.event);
   }
 
@@ -240,25 +251,27 @@ export class ReadQueue {
     if (read.over) return;
     read.over = true;
     this.open.delete(read);
-    const fault = read.check?.take();
-    let reason: unknown = error ?? fault;
+    let reason = error;
     try {
+      if (read.check && error !== undefined) this.faults.leave(read.check);
+      else if (read.check) reason = this.faults.take(read.check);
       this.unhold(read);
-    } catch (overrun) {
-      reason ??= overrun;
+    } catch (failure) {
+      reason ??= failure;
     }
     if (reason !== undefined) read.reject(reason);
     else read.resolve?.(read.result);
   }
 
   private hold(read: Read): void {
-    if (this.waiting.has(read)) return;
-    this.waiting.add(read);
+    const { waiting } = read.lane;
+    if (waiting.has(read)) return;
+    waiting.add(read);
     if (read.storage) read.storage.reads++;
   }
 
   private unhold(read: Read): void {
-    if (!this.waiting.delete(read)) return;
+    if (!read.lane.waiting.delete(read)) return;
     const { storage } = read;
     if (storage && --storage.reads === 0 && storage.released) this.reclaim(storage);
   }

@@ -16,6 +16,8 @@ const STICKY = new Set([3, 4, 46, 201, 214, 220, 700, 702, 709, 710, 714, 715, 7
 
 /** Launches that a failure names: it is noticed later than the one that caused it. */
 const REMEMBERED = 4;
+/** Events that are kept for later; more exist only while more are in use. */
+const IDLE_EVENTS = 128;
 const OPERAND_WORD = COMMAND_OPERANDS >> 2;
 
 /** By kernel: its number in KERNEL_NAMES, and the words of its operand struct. */
@@ -169,7 +171,7 @@ export class CudaStream {
 
   /** Only for events that nobody waits for any more. */
   recycle(event: number): void {
-    if (this.closed) this.addon.eventDestroy(event);
+    if (this.closed || this.events.length >= IDLE_EVENTS) this.addon.eventDestroy(event);
     else this.events.push(event);
   }
 
@@ -196,21 +198,23 @@ export class CudaStream {
     }
   }
 
-  /** Resolves when everything enqueued is done or the device has failed; does not block. */
+  /** Resolves when everything enqueued is done or the device has failed; blocks only when there is no memory for an event. */
   settled(): Promise<void> {
     return new Promise((resolve) => {
       if (this.failure) return resolve();
-      let event: number;
       try {
-        event = this.mark();
-      } catch {
-        return resolve();
-      }
-      const status = this.context.watch(event, () => {
+        const event = this.mark();
+        const status = this.context.watch(event, () => {
+          this.recycle(event);
+          resolve();
+        });
+        if (status === 0) return;
         this.recycle(event);
-        resolve();
-      });
-      if (status !== 0) resolve();
+      } catch {
+        // Nothing may be freed before the work that uses it is over.
+      }
+      this.addon.streamSynchronize(this.handle);
+      resolve();
     });
   }
 

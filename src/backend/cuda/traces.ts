@@ -1,11 +1,19 @@
 /** Whether this machine looks as if it had an NVIDIA GPU or driver: a few looks at files, long before anything is loaded. */
-import { existsSync, readdirSync } from "node:fs";
+import { readdirSync } from "node:fs";
 import { join } from "node:path";
+import { systemPathExists } from "../system.js";
 
-/** Device files of the driver for discrete GPUs, for Jetsons, and of WSL. */
-const DEVICE_FILE = /^(nvidiactl|nvidia\d+|nvmap|nvgpu.*|nvhost.*|dxg)$/;
+/** Device files of the driver for discrete GPUs and for Jetsons. */
+const DEVICE_FILE = /^(nvidiactl|nvidia\d+|nvmap|nvgpu.*|nvhost.*)$/;
 
-/** Where the driver's library lies: Debian's and Red Hat's folders, containers', Jetson's, WSL's. */
+/** Every WSL has this one, whatever the GPU: it is a trace of NVIDIA's only together with the library that comes from Windows. */
+const WSL_DEVICE_FILE = "dxg";
+const WSL_FOLDER = "/usr/lib/wsl/lib";
+
+/**
+ * Where the driver's library lies: Debian's and Red Hat's folders, containers', Jetson's, WSL's. Not cuda-compat's: CUDA's images
+ * have that without any GPU, and where there is one its device files or another folder say so.
+ */
 const LIBRARY_FOLDERS = [
   "/usr/lib/x86_64-linux-gnu",
   "/usr/lib/aarch64-linux-gnu",
@@ -14,8 +22,7 @@ const LIBRARY_FOLDERS = [
   "/usr/lib64",
   "/usr/lib",
   "/usr/local/nvidia/lib64",
-  "/usr/local/cuda/compat",
-  "/usr/lib/wsl/lib",
+  WSL_FOLDER,
   "/run/opengl-driver/lib",
 ];
 const LIBRARY = "libcuda.so.1";
@@ -32,8 +39,11 @@ export interface Traces {
  * @param root stands for `/`
  */
 export function findTraces(root = "/"): Traces {
-  const gpu = devices(root).some((name) => DEVICE_FILE.test(name));
-  return { gpu, any: gpu || libraryFolders().some((folder) => existsSync(join(root, folder, LIBRARY))) };
+  const files = devices(root);
+  const hasLibrary = (folder: string): boolean => systemPathExists(join(folder, LIBRARY), root);
+  const gpu =
+    files.some((name) => DEVICE_FILE.test(name)) || (files.includes(WSL_DEVICE_FILE) && hasLibrary(WSL_FOLDER));
+  return { gpu, any: gpu || libraryFolders().some(hasLibrary) };
 }
 
 function devices(root: string): string[] {

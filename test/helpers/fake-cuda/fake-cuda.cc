@@ -4,7 +4,7 @@
 // are errors, a call after the process began to exit (a real driver may crash) aborts.
 //
 // Environment variables, all HALFBYTE_FAKE_CUDA_...:
-//   INIT=segv | abort | hang | STATUS   what cuInit does
+//   INIT=segv | abort | hang | STATUS   what cuInit does; 34, as the toolkit's stub does, cuDriverGetVersion too
 //   VERSION=13000                       cuDriverGetVersion
 //   DEVICES=1                           0: cuInit returns CUDA_ERROR_NO_DEVICE
 //   CAPABILITY=8.7  INTEGRATED=1  MULTIPROCESSORS=8  NAME=Fake Orin  MANAGED=0  POOLS=1
@@ -49,6 +49,7 @@ CUDA cuInit(unsigned flags) {
 }
 
 CUDA cuDriverGetVersion(int* version) {
+  if (text("INIT", "") == "34") return 34;
   *version = static_cast<int>(number("VERSION", 13000));
   return kOk;
 }
@@ -145,6 +146,13 @@ CUDA cuDevicePrimaryCtxRelease_v2(int) {
   ENTER(false);
   if (driver.retained == 0) return kInvalidContext;
   if (--driver.retained == 0) endContext(entered.lock);
+  return kOk;
+}
+
+CUDA cuDevicePrimaryCtxGetState(int, unsigned* flags, int* active) {
+  ENTER(false);
+  *flags = 0;
+  *active = driver.retained != 0;
   return kOk;
 }
 
