@@ -6,6 +6,7 @@
  */
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import type { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
+import { DTYPE_ID } from "#halfbyte/core/dtype.js";
 import { tidy } from "#halfbyte/core/scope.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 import { quantize4bit } from "#halfbyte/ops/fourbit.js";
@@ -144,7 +145,10 @@ export async function measureLaunches(gpu: CudaBackend): Promise<LaunchResult[]>
   const absmax = Tensor.allocate(gpu, "f32", [1]);
   const operands = { x, packed, absmax, n: 64, blocksize: 64, dtype: 0, quantType: 0, allowNonFinite: 0 };
   const dequantize = { packed, absmax, y: x, n: 64, blocksize: 64, dtype: 0, quantType: 0 };
+  const convert = { x, y: packed, n: 1, from: DTYPE_ID.f32, to: DTYPE_ID.u8 };
   const kinds: [string, () => void][] = [
+    // One element: the GPU is done with it before the next comes, so that this is the host's time.
+    ["launch of convert (5 operands)", () => gpu.launch("convert", convert)],
     ["launch of dequantize4bit (7 operands)", () => gpu.launch("dequantize4bit", dequantize)],
     ["launch of quantize4bit (8 operands, reports faults)", () => gpu.launch("quantize4bit", operands)],
     ["launch of fill (by the driver)", () => gpu.launch("fill", { dst: packed, bytes: 32, value: 0 })],
