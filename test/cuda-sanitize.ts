@@ -1,5 +1,5 @@
 /**
- * Every kernel entry at small awkward sizes, for compute-sanitizer, which is some hundred times slower than the GPU:
+ * The case list, but for what is large, for compute-sanitizer, which is some hundred times slower than the GPU:
  *
  *     compute-sanitizer --tool memcheck node build/test/cuda-sanitize.js     (also racecheck, initcheck)
  *
@@ -9,17 +9,9 @@
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { Arena, CudaStorage } from "#halfbyte/backend/cuda/arena.js";
 import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
-import { CUDA_KERNELS } from "#halfbyte/backend/cuda/kernels.js";
 import { DTYPE_ID } from "#halfbyte/core/dtype.js";
-import { KERNEL_NAMES, type KernelName, type Operands } from "#halfbyte/core/kernels.js";
-import type { Case } from "./cases/case.js";
 import { allCases } from "./cases/index.js";
 import { compareOutputs, runCase } from "./cases/run.js";
-
-/** Elements of the largest operand beyond which a case is left out. */
-const MOST = 21_000;
-/** Cases per kernel entry and kind of case. */
-const EACH = 2;
 
 /** The parts of the arena that exact allocations need. */
 interface Exact {
@@ -53,43 +45,6 @@ function allocateExactly(): void {
   };
 }
 
-/** What a case launches: `entry` of each kernel, with what geometry and branches depend on. */
-function entriesOf(c: Case): Set<string> {
-  const entries = new Set<string>();
-  const launch = CpuBackend.prototype.launch;
-  CpuBackend.prototype.launch = function (kernel: KernelName, operands: Operands<KernelName>, context) {
-    const plan = CUDA_KERNELS[kernel] as (o: Operands<KernelName>) => { entry: string } | "driver" | undefined;
-    const chosen = plan(operands);
-    if (typeof chosen === "object") {
-      const { from, to, table, offset } = operands as Record<string, unknown>;
-      entries.add([chosen.entry, from, to, table ? "table" : "", offset ? "offset" : ""].join(" ").trimEnd());
-    }
-    launch.call(this, kernel, operands, context);
-  };
-  try {
-    runCase(cpu, c, c.inputs());
-  } finally {
-    CpuBackend.prototype.launch = launch;
-  }
-  return entries;
-}
-
-/** Cases that together run every kernel entry in each of its ways. */
-function chosenCases(): Case[] {
-  const seen = new Map<string, number>();
-  return [...allCases()].filter((c) => {
-    const numbers = [...c.id.matchAll(/\d+/g)].map(Number);
-    if (c.large || numbers.some((n) => n > MOST)) return false;
-    // Each way of a kernel on plain operands, on views, and with values that take other branches.
-    const style =
-      /view|nonfinite|wild|nested/.exec(c.id)?.[0] ?? (numbers.some((n) => n > 2000 && n % 2 === 1) ? "odd" : "");
-    if (style === "") return false;
-    const news = [...entriesOf(c)].filter((entry) => (seen.get(`${entry} ${style}`) ?? 0) < EACH);
-    for (const entry of news) seen.set(`${entry} ${style}`, (seen.get(`${entry} ${style}`) ?? 0) + 1);
-    return news.length > 0;
-  });
-}
-
 /** What each tool is there to find, made on purpose: a tool that says nothing of its own has not looked. */
 async function plant(kind: string): Promise<void> {
   const gpu = new CudaBackend();
@@ -103,19 +58,10 @@ async function plant(kind: string): Promise<void> {
   await gpu.close();
 }
 
-const planted = process.argv.indexOf("--plant");
-const cpu = new CpuBackend({ threads: 1 });
-const cases = planted < 0 ? chosenCases() : [];
-if (planted >= 0) {
-  allocateExactly();
-  await plant(process.argv[planted + 1] ?? "");
-} else if (process.argv.includes("--list")) {
-  const entries = new Set(cases.flatMap((c) => [...entriesOf(c)]));
-  for (const c of cases) console.log(c.id);
-  console.log(`${cases.length} cases, ${entries.size} ways to launch ${KERNEL_NAMES.length} kernels`);
-} else {
-  allocateExactly();
+async function runCases(): Promise<void> {
+  const cpu = new CpuBackend({ threads: 1 });
   const gpu = new CudaBackend();
+  const cases = [...allCases()].filter((c) => !c.large);
   let failures = 0;
   for (const c of cases) {
     try {
@@ -131,7 +77,11 @@ if (planted >= 0) {
     }
   }
   await gpu.close();
+  await cpu.close();
   console.log(`${cases.length} cases, ${failures} failures`);
   if (failures > 0) process.exitCode = 1;
 }
-await cpu.close();
+
+allocateExactly();
+const planted = process.argv.indexOf("--plant");
+await (planted < 0 ? runCases() : plant(process.argv[planted + 1] ?? ""));
