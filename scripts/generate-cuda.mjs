@@ -52,7 +52,8 @@ const u32 = (name, value) => `constexpr unsigned ${name} = ${value};`;
  */
 const KEYS = { NF4: { scale: 15, shift: 16 }, FP4: { scale: 31, shift: 0 } };
 
-function rint(x) {
+/** Half to even. */
+export function rint(x) {
   const floor = Math.floor(x);
   const rest = x - floor;
   return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;

@@ -16,7 +16,7 @@ import {
 } from "../dist/core/kernels.js";
 import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
 import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
-import { cudaConstants, cudaOperands } from "./generate-cuda.mjs";
+import { cudaConstants, cudaOperands, rint } from "./generate-cuda.mjs";
 
 const FP4_CODES = [...FP4_RANKS, ...FP4_RANKS.map((code) => code | 8)];
 
@@ -79,12 +79,6 @@ function searchEntries(name, thresholds, firstBin) {
       entries.map((e) => e >> 8),
     ),
   ];
-}
-
-function rint(x) {
-  const floor = Math.floor(x);
-  const rest = x - floor;
-  return rest < 0.5 || (rest === 0.5 && floor % 2 === 0) ? floor : floor + 1;
 }
 
 /** A function of four f32 lanes: how many of the thresholds each exceeds. */

@@ -13,8 +13,8 @@ DEVICE u32 blockShift(u32 blocksize) { return 31 - __clz(blocksize); }
 
 /*
  * 1 / x, IEEE, where x lies between 1e-30 and 2^125: what the compiler makes of rcp.rn, without its test of a range that
- * holds this one. One step from an approximation within an ulp is exact but for a few mantissas, and for those the
- * multiprocessors' own approximation (of sm_72 to sm_110) is the right number already; `selfCheck` looks at them on every GPU.
+ * holds this one. One step from an approximation within an ulp is exact but for a few mantissas, and for those it depends on the
+ * multiprocessor's own approximation, as rcp.rn does; `selfCheck` looks at them on every GPU that is probed.
  */
 DEVICE float plainReciprocal(float x) {
   float r;

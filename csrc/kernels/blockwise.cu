@@ -226,7 +226,7 @@ QUANTIZE(BF16, bf16)
 // Decoding: y[i] = code[q[i]] * absmax(block) (+ offset), rounded after each step.
 
 constexpr u32 DECODERS = BLOCKWISE_DECODERS;
-/* Copies of the codebook in shared memory: half the look-ups' conflicts are gone, and loading it still costs little. */
+/* Copies of the codebook in shared memory, against conflicts: of 1, 4, 8 and 32 copies, 4 was the fastest on an H200. */
 constexpr u32 COPIES = 4;
 static_assert(COPIES * sizeof(float) == 16, "a code's values are 16 bytes");
 
