@@ -57,13 +57,22 @@ export function fence(op: usize, _begin: u32, _end: u32): void {
   atomic.notify(FENCE, -1);
 }
 
+/** This thread's SCRATCH_BYTES, on a page of their own. A global belongs to an instance, and so to a thread. */
+let scratchMemory: usize = 0;
+/** Memory that no other thread uses while a part runs; what it holds at the start of a part is not defined. */
+export function scratch(): usize {
+  return scratchMemory;
+}
+
 /** A worker's life: ends only when the stream is aborted. `slot` is the worker's progress line. */
-export function run(slot: u32): void {
+export function run(slot: u32, memory: usize): void {
+  scratchMemory = memory;
   follow(slot, 0, false);
 }
 
 /** The main thread helps until every command below `target` is complete. */
-export function drain(slot: u32, target: u32): void {
+export function drain(slot: u32, target: u32, memory: usize): void {
+  scratchMemory = memory;
   follow(slot, target, true);
 }
 

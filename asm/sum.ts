@@ -3,9 +3,9 @@
  * elements l, l + 32, l + 64 ... in this order; then lane i takes in lane i + h for h = 16, 8, 4, 2, 1. Both backends add
  * in this order, whatever the number of threads.
  */
-import { SUM_CHUNK, SUM_LANES } from "./generated/constants";
-import { MeanOfSums, SumChunks } from "./generated/operands";
-import { store1 } from "./kernel";
+import { BF16, F16, F32, SUM_CHUNK, SUM_LANES } from "./generated/constants";
+import { MeanOfSums, SumChunks, SumPartials as P } from "./generated/operands";
+import { bf16, f16, load1, load4, store1, store8 } from "./kernel";
 
 /** y[c] = sum of chunk c. Unit: chunk. */
 export function sumChunks(op: usize, begin: u32, end: u32): void {
@@ -78,4 +78,47 @@ function nodeOfChunks(p: usize, count: u32, i: u32, step: u32): f64 {
     sum += node<f64>(p + first * 8, min(SUM_CHUNK, count - first), 0, 1);
   }
   return sum;
+}
+
+/** y[r, c] = the sum of x[s, r, c] over s, in order, + bias[c]. Unit: row. */
+export function sumPartials(op: usize, begin: u32, end: u32): void {
+  const dtype = load<u32>(op, P.dtype);
+  if (dtype == F32) partials<f32>(op, begin, end);
+  else if (dtype == F16) partials<f16>(op, begin, end);
+  else if (dtype == BF16) partials<bf16>(op, begin, end);
+  else unreachable();
+}
+
+function partials<T>(op: usize, begin: u32, end: u32): void {
+  const cols = load<u32>(op, P.cols);
+  const splits = load<u32>(op, P.splits);
+  const bias = load<usize>(op, P.bias);
+  const step: usize = load<usize>(op, P.rows) * cols * 4;
+  for (let row = begin; row < end; row++) {
+    const first: usize = <usize>row * cols;
+    const x = load<usize>(op, P.x) + first * 4;
+    const y = load<usize>(op, P.y) + first * sizeof<T>();
+    const whole = cols & -8;
+    for (let c: u32 = 0; c < whole; c += 8) {
+      let p = x + c * 4;
+      let a = f32x4.splat(0);
+      let b = a;
+      for (let s: u32 = 0; s < splits; s++, p += step) {
+        a = f32x4.add(a, v128.load(p));
+        b = f32x4.add(b, v128.load(p, 16));
+      }
+      if (bias) {
+        a = f32x4.add(a, load4<T>(bias + c * sizeof<T>()));
+        b = f32x4.add(b, load4<T>(bias + (c + 4) * sizeof<T>()));
+      }
+      store8<T>(y + c * sizeof<T>(), a, b);
+    }
+    for (let c = whole; c < cols; c++) {
+      let p = x + c * 4;
+      let sum: f32 = 0;
+      for (let s: u32 = 0; s < splits; s++, p += step) sum += load<f32>(p);
+      if (bias) sum += load1<T>(bias + c * sizeof<T>());
+      store1<T>(y + c * sizeof<T>(), sum);
+    }
+  }
 }

@@ -6,6 +6,8 @@ import { existsSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { DTYPE_ID } from "../dist/core/dtype.js";
 import {
+  ACTIVATION_BLOCK,
+  INT8_INVERSE,
   INT8_TINY,
   KERNEL_FAMILY,
   KERNEL_NAMES,
@@ -51,6 +53,26 @@ function decodeTable(name, values) {
   return [
     `export const ${name}_VALUES: usize = ${data([...values])};`,
     `export const ${name}_PAIRS: usize = ${data(pairs)};`,
+  ];
+}
+
+/**
+ * A 4-bit type's values as integers, times the largest multiple of `unit` that keeps them in 16 bits: their lower and their upper
+ * bytes, and what brings a sum of them back. FP4's values are multiples of 1/192, so theirs are exact; NF4's are off by 2^-16 at most.
+ */
+function integers(name, values, unit) {
+  const times = Math.floor(32767 / unit) * unit;
+  const words = Array.from(values, (value) => rint(value * times) & 0xffff);
+  return [
+    vector(
+      `${name}_INTEGERS_LOW`,
+      words.map((word) => word & 255),
+    ),
+    vector(
+      `${name}_INTEGERS_HIGH`,
+      words.map((word) => word >> 8),
+    ),
+    `export const ${name}_INTEGERS_UNIT: f32 = ${float(Math.fround(1 / times))};`,
   ];
 }
 
@@ -106,6 +128,8 @@ async function constants() {
     ...searchEntries("NF4_NEGATIVE", NF4_THRESHOLDS, -16),
     ...searchEntries("NF4_POSITIVE", NF4_THRESHOLDS, 0),
     ...searchEntries("FP4_MAGNITUDE", FP4_THRESHOLDS, 0),
+    ...integers("NF4", NF4_VALUES, 1),
+    ...integers("FP4", FP4_VALUES, 192),
     "/** The FP4 code of a rank, with the sign as bit 3 of both. */",
     vector("FP4_CODES", FP4_CODES),
     "/** The same in the upper half of a byte. */",
@@ -122,6 +146,8 @@ async function constants() {
     "",
     "/** Below this absmax, x and absmax are both taken times 2^64. */",
     `export const INT8_TINY: f32 = ${float(INT8_TINY)};`,
+    `export const INT8_INVERSE: f32 = ${float(INT8_INVERSE)};`,
+    u32("ACTIVATION_BLOCK", ACTIVATION_BLOCK),
     "",
     "// Summation tree",
     u32("SUM_CHUNK", SUM_CHUNK),

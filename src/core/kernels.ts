@@ -21,6 +21,8 @@ export const KERNELS = {
   sumChunks: { x: "in", y: "out", n: "size", wide: "u32" },
   /** y[0] = f32(the rest of the tree over the f64 x[0..sums) / n); at most SUM_CHUNK^2 sums. */
   meanOfSums: { x: "in", y: "out", sums: "size", n: "size" },
+  /** y[r, c] = dtype(the sum of x[s, r, c] over s = 0, 1, ... splits - 1, in float32, + bias[c]); bias (of dtype) or null. */
+  sumPartials: { x: "in", bias: "in", y: "out", rows: "size", cols: "size", splits: "u32", dtype: "u32" },
   /** q[i] = index of the code nearest to (x[i] - offset) / absmax(block). Unit: block. */
   quantizeBlockwise: {
     x: "in",
@@ -66,18 +68,146 @@ export const KERNELS = {
     dtype: "u32",
     quantType: "u32",
   },
-  /** q[r, c] = rint(x[r, c] * (127 * (1 / absmax(row r)))), scale[r] = absmax(row r). Unit: row. */
+  /**
+   * q[r, c] = rint(x[r, c] * (127 * (1 / absmax(row r)))), scale[r] = absmax(row r). With `outliers` (u8 per column, cleared
+   * before), elements of magnitude `threshold` and more do not count for absmax, get code 0 and set their column's byte to 1.
+   * Unit: row.
+   */
   int8VectorwiseQuant: {
     x: "in",
     q: "out",
     scale: "out",
+    outliers: "out",
     rows: "size",
     cols: "size",
+    threshold: "f32",
     dtype: "u32",
     allowNonFinite: "u32",
   },
   /** y[r, c] = q[r, c] * scale[r] * f32(1/127), rounded to dtype. Unit: row. */
   int8VectorwiseDequant: { q: "in", scale: "in", y: "out", rows: "size", cols: "size", dtype: "u32" },
+  /** columns[0..count) = the columns whose byte in `outliers` is not 0, ascending; the rest of columns[0..cols) = -1. i32. */
+  int8OutlierColumns: { outliers: "in", columns: "out", count: "out", cols: "size" },
+  /** q[r, columns[j]] = 0 for j < count. */
+  int8ZeroColumns: { q: "out", columns: "in", count: "in", rows: "size", cols: "size" },
+  /** stats[c] = the largest |x[r, c]| of column c; with threshold > 0 only of those below it. */
+  int8ColumnStats: { x: "in", stats: "out", rows: "size", cols: "size", threshold: "f32", dtype: "u32" },
+  /** q[r, c] = rint(T(x[r, c] * 127) / stats[c]), T the dtype of x; 0 where |x| >= threshold > 0, and where stats[c] is 0. */
+  int8ColumnQuant: { x: "in", stats: "in", q: "out", rows: "size", cols: "size", threshold: "f32", dtype: "u32" },
+  /** y[b, m, n] = sum over k of a[b, m, k] * b[b, n, k]: int8 in, exact int32 out. */
+  igemm: { a: "in", b: "in", y: "out", m: "size", n: "size", k: "size", batch: "size" },
+  /** y[b, c, r] = x[b, r, c]; elements of 1, 2 or 4 bytes. */
+  transpose: { x: "in", y: "out", rows: "size", cols: "size", batch: "size", itemsize: "u32" },
+  /**
+   * y[m, n] = fma((x[m, n] * rowStats[m]) * colStats[n], INT8_INVERSE, bias[n]) rounded to dtype; x is int32, bias (or null)
+   * has the dtype. With `columns`, before rounding plus the sum over j < count of
+   * a[m, c] * dtype(b[n, c] * colStats[n] / 127), c = columns[j]; a has the dtype, b is int8, both with k columns.
+   */
+  int8MmDequant: {
+    x: "in",
+    rowStats: "in",
+    colStats: "in",
+    bias: "in",
+    a: "in",
+    b: "in",
+    columns: "in",
+    count: "in",
+    y: "out",
+    m: "size",
+    n: "size",
+    k: "size",
+    dtype: "u32",
+  },
+  /**
+   * y[m, n] = sum over k of a[m, k] * W[n, k] (+ bias[n]), W the 4-bit weight of n x k elements whose blocks run on over the ends of
+   * rows. Nested scales (u8 codes in absmax) come with `code` (256 f32), `absmax2` and `offset`; null otherwise. bias or null.
+   * With `splits` above 1, on cuda, partial[s, m, n] gets the float32 sums over the s-th part of k, and y and bias are left alone.
+   */
+  matmul4bit: {
+    a: "in",
+    packed: "in",
+    absmax: "in",
+    code: "in",
+    absmax2: "in",
+    offset: "in",
+    bias: "in",
+    y: "out",
+    partial: "out",
+    m: "size",
+    n: "size",
+    k: "size",
+    blocksize: "u32",
+    blocksize2: "u32",
+    dtype: "u32",
+    quantType: "u32",
+    splits: "u32",
+  },
+  /** y[m, k] = sum over n of g[m, n] * W[n, k], W as for matmul4bit with plain scales. */
+  matmul4bitTransposed: {
+    g: "in",
+    packed: "in",
+    absmax: "in",
+    y: "out",
+    m: "size",
+    n: "size",
+    k: "size",
+    blocksize: "u32",
+    dtype: "u32",
+    quantType: "u32",
+  },
+  /**
+   * Activations for matmul4bitFast: rows of int8 codes and one f32 scale per ACTIVATION_BLOCK columns of a row; a row's codes are
+   * padded with 0 to a whole block.
+   */
+  quantizeActivations: { x: "in", q: "out", scale: "out", rows: "size", cols: "size", dtype: "u32" },
+  /** matmul4bit on activations from quantizeActivations, in integers. */
+  matmul4bitFast: {
+    q: "in",
+    scale: "in",
+    packed: "in",
+    absmax: "in",
+    bias: "in",
+    y: "out",
+    m: "size",
+    n: "size",
+    k: "size",
+    blocksize: "u32",
+    dtype: "u32",
+    quantType: "u32",
+  },
+  /**
+   * y[b, m, n] = sum over k of A[b, m, k] * B[b, k, n] (+ bias[n]), float32 sums rounded once to dtype. a holds A as m x k, or with
+   * transposeA as k x m; b holds B as k x n, or with transposeB as n x k (as torch.nn.Linear has it); with sharedB one b serves
+   * every batch. bias or null. The rows of y begin ldy elements apart (n, or more where y is a column slice: then batch is 1).
+   */
+  matmul: {
+    a: "in",
+    b: "in",
+    bias: "in",
+    y: "out",
+    m: "size",
+    n: "size",
+    k: "size",
+    batch: "size",
+    ldy: "size",
+    dtype: "u32",
+    transposeA: "u32",
+    transposeB: "u32",
+    sharedB: "u32",
+  },
+  /** y[r, n] = sum over entries (r, c, v), in their order, of v * b[c, n]; entries are sorted by row. y has rows x n elements. */
+  spmmCoo: {
+    rowidx: "in",
+    colidx: "in",
+    values: "in",
+    b: "in",
+    y: "out",
+    nnz: "size",
+    rows: "size",
+    cols: "size",
+    n: "size",
+    dtype: "u32",
+  },
 } as const satisfies Record<string, Record<string, FieldType>>;
 
 export type KernelName = keyof typeof KERNELS;
@@ -90,12 +220,26 @@ export const KERNEL_FAMILY = {
   convert: "convert",
   sumChunks: "sum",
   meanOfSums: "sum",
+  sumPartials: "sum",
   quantizeBlockwise: "blockwise",
   dequantizeBlockwise: "blockwise",
   quantize4bit: "fourbit",
   dequantize4bit: "fourbit",
   int8VectorwiseQuant: "int8",
   int8VectorwiseDequant: "int8",
+  int8OutlierColumns: "int8",
+  int8ZeroColumns: "int8",
+  int8ColumnStats: "int8",
+  int8ColumnQuant: "int8",
+  igemm: "igemm",
+  transpose: "igemm",
+  int8MmDequant: "igemm",
+  matmul4bit: "matmul4bit",
+  matmul4bitTransposed: "matmul4bit",
+  quantizeActivations: "matmul4bit",
+  matmul4bitFast: "matmul4bit",
+  matmul: "matmul",
+  spmmCoo: "sparse",
 } as const satisfies Record<KernelName, string>;
 export type KernelFamily = (typeof KERNEL_FAMILY)[KernelName];
 
@@ -104,6 +248,12 @@ export const QUANT_TYPE_ID = { nf4: 0, fp4: 1 } as const;
 
 /** Below this absmax, int8 rows are quantized with x and absmax both times 2^64, so that 127 / absmax does not overflow. */
 export const INT8_TINY = 1e-30;
+
+/** What int8MmDequant multiplies by, as float32: upstream's 1 / 127^2. */
+export const INT8_INVERSE = 6.200012e-5;
+
+/** Columns that share a scale in the activations of the fast 4-bit product. */
+export const ACTIVATION_BLOCK = 32;
 
 /** Elements of one chunk of the summation tree, and its lanes (see docs/architecture.md, "The summation tree"). */
 export const SUM_CHUNK = 1024;

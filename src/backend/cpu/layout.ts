@@ -56,9 +56,34 @@ export const NO_FAULT = 0xffffffff;
 /** Where the module's constants start; its own __heap_base says where they end. */
 export const ASM_MEMORY_BASE = 655360;
 
+/**
+ * Memory that a thread has to itself while it runs a part; it lies between the constants and the arena. A page of it that no
+ * kernel touches costs nothing.
+ */
+export const SCRATCH_BYTES = 524288;
+
+/** A unit of the 4-bit products: this many columns of the output by at most this many rows of it. */
+export const PRODUCT_COLUMNS = 32;
+export const PRODUCT_ROWS = 64;
+/** The columns of a unit of the transposed product. */
+export const TRANSPOSED_COLUMNS = 128;
+
 /** Busy looks at a word before a worker goes to sleep on it. */
 export const SPINS = 2000;
 
 export const PAGE_BYTES = 65536;
 /** A wasm32 memory ends here. */
 export const MAX_PAGES = 65536;
+
+/** Tiles that are units of the other products: rows of a, columns of y. */
+export const IGEMM_ROWS = 64;
+export const IGEMM_PANEL = 8;
+export const TRANSPOSE_TILE = 64;
+export const DEQUANT_TILE = 64;
+export const SPMM_WIDTH = 256;
+export const MATMUL_ROWS = 64;
+export const MATMUL_PANEL = 8;
+/** Columns that a dense product takes together where a part has them; with a b of k x n and at most 16 rows, and at most 2. */
+export const MATMUL_WIDTH = 64;
+export const MATMUL_WIDE = 256;
+export const MATMUL_WIDEST = 1024;

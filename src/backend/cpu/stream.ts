@@ -31,7 +31,9 @@ interface Waiter {
 
 export class CommandStream {
   readonly memory: WebAssembly.Memory;
+  /** First byte after what the stream and its threads use. */
   readonly heapBase: number;
+  private readonly scratch: number;
   /** Commands enqueued since the start; the ring's HEAD holds its low 32 bits. */
   head = 0;
   failure: BackendError | undefined;
@@ -63,13 +65,17 @@ export class CommandStream {
     /** No part may take longer than this while the main thread is blocked: then a worker is taken for lost. */
     private readonly stallMs: number,
   ) {
-    this.memory = new WebAssembly.Memory({ initial: 64, maximum: L.MAX_PAGES, shared: true });
+    // The main thread helps, so it has scratch memory as well.
+    const scratchBytes = (threads + 1) * L.SCRATCH_BYTES;
+    const initial = 64 + scratchBytes / L.PAGE_BYTES;
+    this.memory = new WebAssembly.Memory({ initial, maximum: L.MAX_PAGES, shared: true });
     this.ring = new Int32Array(this.memory.buffer);
     this.words = this.ring;
     const wait = (address: number, expected: number): void => this.helperWait(address, expected);
     const instance = new WebAssembly.Instance(kernelModule(), { env: { memory: this.memory, wait } });
     this.kernel = instance.exports as unknown as KernelExports;
-    this.heapBase = this.kernel.heapBase() >>> 0;
+    this.scratch = Math.ceil((this.kernel.heapBase() >>> 0) / L.PAGE_BYTES) * L.PAGE_BYTES;
+    this.heapBase = this.scratch + scratchBytes;
     this.fenceIndex = this.kernel.fenceTableIndex();
     this.ids = Object.fromEntries(
       KERNEL_NAMES.map((name, id) => [name, { table: this.kernel.kernelTableIndex(id), id }]),
@@ -186,7 +192,7 @@ export class CommandStream {
     const words = this.words;
     for (let slot = 0; slot < this.threads; slot++) words[(L.PROGRESS + slot * L.LINE + 4) >> 2] = 1;
     Atomics.store(words, L.ARRIVED >> 2, 0);
-    const task = { memory: this.memory, module: kernelModule(), threads: this.threads };
+    const task = { memory: this.memory, module: kernelModule(), threads: this.threads, scratch: this.scratch };
     this.pool = new WorkerPool(task, (reason, cause) => {
       this.fail(new BackendError("cpu", reason, this.describeRunning(), { cause }));
     });
@@ -313,7 +319,7 @@ export class CommandStream {
   private help(target: number): void {
     this.helperWatch = this.stallWatch();
     try {
-      this.kernel.drain(L.MAIN_SLOT, target | 0);
+      this.kernel.drain(L.MAIN_SLOT, target | 0, this.scratch + this.threads * L.SCRATCH_BYTES);
     } catch (error) {
       const reason = error instanceof BackendError ? error.reason : `kernel trapped: ${(error as Error).message}`;
       this.fail(new BackendError("cpu", reason, this.describeRunning(), { cause: error }));

@@ -3,18 +3,31 @@
  * loop then owns the thread until the stream is aborted or the thread is terminated.
  */
 import { threadId } from "node:worker_threads";
-import { ABORT, ARRIVED, ERROR, ERROR_CLAIM, ERROR_TEXT, ERROR_TEXT_BYTES, FENCE, HEAD, LOW } from "./layout.js";
+import {
+  ABORT,
+  ARRIVED,
+  ERROR,
+  ERROR_CLAIM,
+  ERROR_TEXT,
+  ERROR_TEXT_BYTES,
+  FENCE,
+  HEAD,
+  LOW,
+  SCRATCH_BYTES,
+} from "./layout.js";
 
 export interface WorkerTask {
   readonly memory: WebAssembly.Memory;
   readonly module: WebAssembly.Module;
   readonly slot: number;
   readonly threads: number;
+  /** Where the threads' private memory starts. */
+  readonly scratch: number;
 }
 
 export interface KernelExports {
-  run(slot: number): void;
-  drain(slot: number, target: number): void;
+  run(slot: number, scratch: number): void;
+  drain(slot: number, target: number, scratch: number): void;
   heapBase(): number;
   fenceTableIndex(): number;
   kernelTableIndex(id: number): number;
@@ -33,14 +46,14 @@ export default function start(task: WorkerTask): number {
   return threadId;
 }
 
-function loop({ memory, module, slot }: WorkerTask): void {
+function loop({ memory, module, slot, scratch }: WorkerTask): void {
   const words = new Int32Array(memory.buffer);
   const wait = (address: number, expected: number): void => {
     Atomics.wait(words, address >>> 2, expected);
   };
   try {
     const { exports } = new WebAssembly.Instance(module, { env: { memory, wait } });
-    (exports as unknown as KernelExports).run(slot);
+    (exports as unknown as KernelExports).run(slot, scratch + slot * SCRATCH_BYTES);
   } catch (error) {
     reportFailure(memory, words, error);
   }
