@@ -20,13 +20,20 @@ const { values: options } = parseArgs({
   options: { all: { type: "boolean" }, optional: { type: "boolean" }, verbose: { type: "boolean" } },
 });
 
-const wordName = (name) => `command${name[0].toUpperCase()}${name.slice(1)}`;
+const named = (prefix, name) => `${prefix}${name[0].toUpperCase()}${name.slice(1)}`;
 
 /** The numbers that the addon shares with src/backend/cuda/. */
 async function header() {
-  const { BINDING, COMMAND_OPERANDS, COMMAND_WORDS } = await import("../dist/backend/cuda/addon.js");
+  const { BINDING, BLAS_COMMAND, BLAS_DTYPES, BLAS_STATUS, BLAS_WORDS, COMMAND_OPERANDS, COMMAND_WORDS } = await import(
+    "../dist/backend/cuda/addon.js"
+  );
+  const { DTYPE_ID } = await import("../dist/core/dtype.js");
   const { MAX_OPERAND_BYTES } = await import("../dist/backend/cuda/layout.js");
   const statuses = Object.entries(BINDING);
+  const words = (prefix, numbers) =>
+    Object.entries(numbers)
+      .map(([name, number]) => `constexpr uint32_t ${named(prefix, name)} = ${number};`)
+      .join("\n");
   return `// Generated from src/backend/cuda/addon.ts by scripts/build-addon.mjs.
 #pragma once
 
@@ -40,11 +47,14 @@ enum Status : int {
 ${statuses.map(([name, number]) => `  ${name} = ${number},`).join("\n")}
 };
 
-${Object.entries(COMMAND_WORDS)
-  .map(([name, word]) => `constexpr uint32_t ${wordName(name)} = ${word};`)
-  .join("\n")}
+${words("command", COMMAND_WORDS)}
 constexpr uint32_t commandOperands = ${COMMAND_OPERANDS};
 constexpr uint32_t maxOperandBytes = ${MAX_OPERAND_BYTES};
+
+${words("blas", BLAS_WORDS)}
+constexpr uint32_t blasCommand = ${BLAS_COMMAND};
+constexpr int blasStatus = ${BLAS_STATUS};
+${words("dtype", Object.fromEntries(BLAS_DTYPES.map((dtype) => [dtype, DTYPE_ID[dtype]])))}
 
 }  // namespace abi
 `;

@@ -13,6 +13,7 @@ import { parseArgs } from "node:util";
 import { cudaVersionName, describeImage, readManifest, selectImage } from "../dist/backend/cuda/images.js";
 import { CUDA_KERNELS } from "../dist/backend/cuda/kernels.js";
 import { DTYPE_ID, FLOAT_DTYPES } from "../dist/core/dtype.js";
+import { BackendError, UnsupportedError } from "../dist/core/errors.js";
 import { KERNEL_FAMILY, KERNEL_NAMES, KERNELS, QUANT_TYPE_ID } from "../dist/core/kernels.js";
 import { readCubin, readPtx } from "./cubin.mjs";
 import { kernelFiles, kernelSources, ROOT } from "./kernel-sources.mjs";
@@ -21,7 +22,7 @@ import { kernelFiles, kernelSources, ROOT } from "./kernel-sources.mjs";
 const OS_ABI = 0x33;
 /** The architecture that this package is for: on it, no kernel may spill registers. */
 const MAIN_ARCHITECTURE = 87;
-const PACKAGE_LIMIT = 10e6;
+const PACKAGE_LIMIT = 20e6;
 
 const FOLDERS = {
   release: {
@@ -45,18 +46,32 @@ const FOLDERS = {
 const failures = [];
 const fail = (words) => failures.push(words);
 
-/** Every entry that a launch can name, by family. */
-function plannedEntries() {
+/** GPUs below this have entries of their own for some launches. */
+const NEW_ARCHITECTURE = 80;
+
+/** Every entry that a launch can name, by family, on GPUs that are new or old. */
+function plannedEntries(old) {
   const entries = new Map();
   for (const kernel of KERNEL_NAMES) {
     for (const operands of operandsOf(kernel)) {
-      const plan = CUDA_KERNELS[kernel](operands);
+      const plan = planOf(kernel, operands);
       if (plan === undefined || plan === "driver") continue;
       const family = KERNEL_FAMILY[kernel];
-      entries.set(family, (entries.get(family) ?? new Set()).add(plan.entry));
+      const { entry } = (old && plan.fallback) || plan;
+      entries.set(family, (entries.get(family) ?? new Set()).add(entry));
     }
   }
   return entries;
+}
+
+/** Nothing where the sizes are beyond a launch, and for a kernel that is the cpu's alone. */
+function planOf(kernel, operands) {
+  try {
+    return CUDA_KERNELS[kernel](operands);
+  } catch (error) {
+    if (error instanceof BackendError || error instanceof UnsupportedError) return undefined;
+    throw error;
+  }
 }
 
 /** Operands of a kernel in every combination that an entry's name may depend on. */
@@ -68,9 +83,20 @@ function operandsOf(kernel) {
   return all;
 }
 
+/** Operands that may be missing. */
+const OPTIONAL = ["bias", "code", "columns", "offset", "outliers"];
+/** Sizes of products that their paths part at; of anything else, three. */
+const SIZES = {
+  m: [1, 4, 8, 16, 32, 64, 1000, 1 << 24],
+  n: [64, 1000, 1 << 20],
+  k: [999, 1000, 1056, 4096],
+  batch: [1],
+};
+
 function valuesOf(field, type) {
-  if (type === "in" || type === "out") return [null, { storage: { bytes: 1, arena: 0, offset: 0 }, byteOffset: 0 }];
-  if (type === "size") return [1, 1000, 1 << 24];
+  const address = { storage: { bytes: 1, arena: 0, offset: 0 }, byteOffset: 0 };
+  if (type === "in" || type === "out") return OPTIONAL.includes(field) ? [null, address] : [address];
+  if (type === "size") return SIZES[field] ?? [1, 1000, 1 << 24];
   switch (field) {
     case "from":
     case "to":
@@ -79,14 +105,20 @@ function valuesOf(field, type) {
       return FLOAT_DTYPES.map((dtype) => DTYPE_ID[dtype]);
     case "quantType":
       return Object.values(QUANT_TYPE_ID);
+    case "itemsize":
+      return [1, 2, 4];
     case "blocksize":
-      return [64, 128, 256, 512, 1024, 2048, 4096];
+      return [32, 64, 128, 256, 512, 1024, 2048, 4096];
+    case "blocksize2":
+      return [256];
+    case "splits":
+      return [1, 2];
     default:
       return [0, 1];
   }
 }
 
-function checkFolder({ folder, targets, drivers }, planned, sources) {
+function checkFolder({ folder, targets, drivers }, sources) {
   const path = join(ROOT, folder);
   const manifest = readManifest(path);
   if (!manifest) return fail(`${folder}: no manifest`);
@@ -107,12 +139,16 @@ function checkFolder({ folder, targets, drivers }, planned, sources) {
     }
   }
   const rows = manifest.images.map((image) =>
-    checkImage(path, image, planned.get(image.family) ?? new Set(), families),
+    checkImage(path, image, plannedOf(image).get(image.family) ?? new Set(), families),
   );
   console.log(`${folder}\n${rows.join("\n")}\n`);
 }
 
 const targetOf = ({ kind, architecture }) => `${kind === "ptx" ? "compute" : "sm"}_${architecture}`;
+
+function plannedOf({ architecture }) {
+  return architecture < NEW_ARCHITECTURE ? plannedOnOld : planned;
+}
 
 function checkImage(folder, image, planned, families) {
   const what = describeImage(image);
@@ -159,10 +195,11 @@ function packageBytes() {
 
 const { values } = parseArgs({ options: { release: { type: "boolean" }, nvcc: { type: "boolean" } } });
 const chosen = Object.keys(FOLDERS).filter((name) => values[name] || !(values.release || values.nvcc));
-const planned = plannedEntries();
+const planned = plannedEntries(false);
+const plannedOnOld = plannedEntries(true);
 const families = kernelFiles().families;
 for (const family of planned.keys()) if (!families.includes(family)) fail(`csrc/kernels has no ${family}.cu`);
-for (const name of chosen) checkFolder(FOLDERS[name], planned, kernelSources());
+for (const name of chosen) checkFolder(FOLDERS[name], kernelSources());
 
 if (chosen.includes("release")) {
   const bytes = packageBytes();

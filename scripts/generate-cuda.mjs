@@ -2,7 +2,15 @@
 import { GEOMETRY } from "../dist/backend/cuda/kernels.js";
 import { cudaLayout } from "../dist/backend/cuda/layout.js";
 import { DTYPE_ID } from "../dist/core/dtype.js";
-import { INT8_TINY, KERNEL_NAMES, KERNELS, SUM_CHUNK, SUM_LANES } from "../dist/core/kernels.js";
+import {
+  INT8_INVERSE,
+  INT8_TINY,
+  KERNEL_NAMES,
+  KERNELS,
+  QUANT_TYPE_ID,
+  SUM_CHUNK,
+  SUM_LANES,
+} from "../dist/core/kernels.js";
 import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
 import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
 
@@ -86,6 +94,33 @@ function bins(name, thresholds) {
   ];
 }
 
+/** x with `bits` significant bits, nearest even. */
+function significant(x, bits) {
+  if (x === 0) return 0;
+  const unit = 2 ** (Math.floor(Math.log2(Math.abs(x))) - bits + 1);
+  return rint(x / unit) * unit;
+}
+
+/**
+ * A 4-bit type's values for products of which a block's scale is applied to the sum: all times the factor from (0.5, 1] for
+ * which they are closest to what a 16-bit type with `bits` significant bits holds, and what takes the factor off again.
+ */
+function unscaled(name, values, bits) {
+  const STEPS = 50_000;
+  let best = { error: Number.POSITIVE_INFINITY };
+  for (let step = 1; step <= STEPS; step++) {
+    const codes = Array.from(values, (v) => significant(v * (0.5 + (0.5 * step) / STEPS), bits));
+    const dot = codes.reduce((sum, c, i) => sum + c * values[i], 0);
+    const factor = dot / codes.reduce((sum, c) => sum + c * c, 0);
+    const error = codes.reduce((sum, c, i) => sum + (c * factor - values[i]) ** 2, 0);
+    if (error < best.error) best = { error, codes, factor: Math.fround(factor) };
+  }
+  return [
+    array("float", `${name}_CODES`, best.codes.map(float)),
+    `constexpr float ${name}_FACTOR = ${float(best.factor)};`,
+  ];
+}
+
 export function cudaConstants() {
   const lines = [
     "#pragma once",
@@ -94,6 +129,7 @@ export function cudaConstants() {
     ...Object.entries(DTYPE_ID).map(([dtype, id]) => u32(`DTYPE_${dtype.toUpperCase()}`, id)),
     "",
     "// 4-bit types",
+    ...Object.entries(QUANT_TYPE_ID).map(([type, id]) => u32(`QUANT_${type.toUpperCase()}`, id)),
     array("float", "NF4_VALUES", Array.from(NF4_VALUES, float)),
     array("float", "NF4_THRESHOLDS", Array.from(NF4_THRESHOLDS, float)),
     u32("NF4_PAD", NF4_VALUES.indexOf(0)),
@@ -101,6 +137,10 @@ export function cudaConstants() {
     array("float", "FP4_THRESHOLDS", Array.from(FP4_THRESHOLDS, float)),
     `constexpr unsigned FP4_RANKS[8] = {${FP4_RANKS.join(", ")}};`,
     u32("FP4_PAD", FP4_RANKS[0]),
+    ...unscaled("NF4_BF16", NF4_VALUES, 8),
+    ...unscaled("NF4_F16", NF4_VALUES, 11),
+    ...unscaled("FP4_BF16", FP4_VALUES, 8),
+    ...unscaled("FP4_F16", FP4_VALUES, 11),
     `constexpr float BIN_EXCESS = ${float(EXCESS)};`,
     ...bins("NF4", NF4_THRESHOLDS),
     ...bins("FP4", FP4_THRESHOLDS),
@@ -111,6 +151,7 @@ export function cudaConstants() {
     "",
     "/* Below this absmax, x and absmax are both taken times 2^64, so that 127 / absmax does not overflow. */",
     `constexpr float INT8_TINY = ${float(INT8_TINY)};`,
+    `constexpr float INT8_INVERSE = ${float(INT8_INVERSE)};`,
     "",
     "// Geometry, src/backend/cuda/kernels.ts",
     ...Object.entries(GEOMETRY).map(([name, value]) => u32(name, value)),

@@ -25,7 +25,12 @@ export const COMPILE_OPTIONS = Object.freeze([
 
 const KERNELS = "csrc/kernels";
 /** Grids, block sizes and operand offsets. */
-const GEOMETRY = ["src/backend/cuda/kernels.ts", "src/backend/cuda/layout.ts"];
+export const GEOMETRY = [
+  ...["kernels", "launch", "layout", "plans-dense", "plans-int8", "plans-matmul4bit"].map(
+    (name) => `src/backend/cuda/${name}.ts`,
+  ),
+  "src/core/product-paths.ts",
+];
 
 /**
  * The kernel sources below a root folder: `families` (names of the .cu files, sorted) and `headers` (paths below

@@ -21,7 +21,7 @@ bool exportBuffers(napi_env env, napi_value exports) {
 
 NAPI_MODULE_INIT() {
   if (!exportBuffers(env, exports) || !exportDevice(env, exports) || !exportMemory(env, exports) ||
-      !exportStream(env, exports) || !exportModule(env, exports)) {
+      !exportStream(env, exports) || !exportModule(env, exports) || !exportBlas(env, exports)) {
     // Runtimes with a memory cage (Electron) refuse memory that is not V8's.
     napi_throw_error(env, nullptr, "its memory cannot be shared with JavaScript here");
     return nullptr;

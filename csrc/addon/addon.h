@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "blas.h"
 #include "completion.h"
 #include "driver.h"
 #include "generated/abi.h"
@@ -31,6 +32,7 @@ struct Addon {
   Handles handles;
   Allocations allocations;
   Completion completion;
+  blas::Blas products;
 
   // Success when this environment may call the driver.
   Status admits(napi_env env) const {
@@ -107,6 +109,7 @@ bool exportDevice(napi_env env, napi_value exports);
 bool exportMemory(napi_env env, napi_value exports);
 bool exportStream(napi_env env, napi_value exports);
 bool exportModule(napi_env env, napi_value exports);
+bool exportBlas(napi_env env, napi_value exports);
 bool exportAll(napi_env env, napi_value exports, const Entry* entries, size_t count);
 
 // The owning environment ends; `open` adds this as its hook.

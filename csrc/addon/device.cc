@@ -63,6 +63,8 @@ const char* wordsFor(abi::Status status) {
       return "host memory, handles or threads are exhausted";
     case abi::closed:
       return "the driver library has not been opened";
+    case abi::notSupported:
+      return "the library has no algorithm for this product";
   }
   return "unknown status";
 }
@@ -86,6 +88,7 @@ napi_value describe(napi_env env, napi_callback_info info) {
     if (status < 0) {
       name = nameFor(status);
       words = wordsFor(static_cast<abi::Status>(status));
+      blas::describe(status, &name, &words);
     } else if (addon.admits(env) == 0) {
       const char *driverName = nullptr, *driverWords = nullptr;
       if (addon.driver.getErrorName(status, &driverName) == 0 && driverName) name = driverName;
@@ -229,6 +232,7 @@ Status releaseContext() {
       addon.handles.drop(slot);
     }
   }
+  addon.products.release();
   for (cuda::Address address; addon.allocations.takeLast(&address);) addon.driver.memFree(address);
   addon.context = nullptr;
   const Status status = addon.driver.primaryContextRelease(addon.device);

@@ -20,6 +20,7 @@ struct Uuid {
 };
 
 constexpr Result kInvalidImage = 200;
+constexpr Result kInvalidContext = 201;
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr unsigned kEventBlockingSync = 1;
 constexpr unsigned kEventDisableTiming = 2;

@@ -16,6 +16,7 @@
 __asm__(".symver dlopen, dlopen@" HALFBYTE_GLIBC);
 __asm__(".symver dlsym, dlsym@" HALFBYTE_GLIBC);
 __asm__(".symver dlerror, dlerror@" HALFBYTE_GLIBC);
+__asm__(".symver dladdr, dladdr@" HALFBYTE_GLIBC);
 __asm__(".symver pthread_create, pthread_create@" HALFBYTE_GLIBC);
 __asm__(".symver pthread_join, pthread_join@" HALFBYTE_GLIBC);
 #endif

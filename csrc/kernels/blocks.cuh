@@ -117,23 +117,6 @@ DEVICE void absmaxOfBlocks(const uint4 (&v)[VECTORS], u32 lanes, u32 (&m)[VECTOR
   }
 }
 
-/*
- * A barrier of one of up to eight groups of warps. Barrier 0 is the whole block's. The numbers are constants, because a block
- * that computes them is given all sixteen, of which a multiprocessor has few.
- */
-DEVICE void groupBarrier(u32 group, u32 threads) {
-  switch (group) {
-    case 0: asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); break;
-    case 1: asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); break;
-    case 2: asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory"); break;
-    case 3: asm volatile("bar.sync 4, %0;" ::"r"(threads) : "memory"); break;
-    case 4: asm volatile("bar.sync 5, %0;" ::"r"(threads) : "memory"); break;
-    case 5: asm volatile("bar.sync 6, %0;" ::"r"(threads) : "memory"); break;
-    case 6: asm volatile("bar.sync 7, %0;" ::"r"(threads) : "memory"); break;
-    default: asm volatile("bar.sync 8, %0;" ::"r"(threads) : "memory");
-  }
-}
-
 /* The largest of a value over `warps` neighbouring warps (a power of two), which wait for each other. */
 DEVICE u32 largestOfWarps(u32 m, u32 warps, u32* partial) {
   u32 first = warpId() & ~(warps - 1);

@@ -155,11 +155,41 @@ DEVICE uint4 encodeVector(const float* y) {
                     encodePair<T>(y[LAST + 2], y[LAST + 3]));
 }
 
+/* Two float32, NaN or not, as two elements of a 16-bit type. */
+template <typename T>
+DEVICE u32 encodeAnyPair(float low, float high) {
+  constexpr u32 CANONICAL = Same<T, BF16>::VALUE ? NAN_BITS >> 16 : 0x7e00;
+  const u32 word = encodePair<T>(low, high);
+  const u32 half = low == low ? word : __byte_perm(word, CANONICAL, 0x3254);
+  return high == high ? half : __byte_perm(half, CANONICAL, 0x5410);
+}
+
+/* 16 bytes of elements from float32, NaN or not. */
+template <typename T>
+DEVICE uint4 encodeAnyVector(const float* y) {
+  if constexpr (T::BYTES == 4) {
+    u32 w[4];
+#pragma unroll
+    for (u32 e = 0; e < 4; e++) w[e] = y[e] == y[e] ? bitsOf(y[e]) : NAN_BITS;
+    return make_uint4(w[0], w[1], w[2], w[3]);
+  } else {
+    return make_uint4(encodeAnyPair<T>(y[0], y[1]), encodeAnyPair<T>(y[2], y[3]), encodeAnyPair<T>(y[4], y[5]),
+                      encodeAnyPair<T>(y[6], y[7]));
+  }
+}
+
 /* Stores any float32, rounded to T. */
 template <typename T>
 DEVICE void store(void* p, u64 i, float x) {
   if (T::BYTES == 4) ((u32*)p)[i] = x == x ? bitsOf(x) : NAN_BITS;
   else ((u16*)p)[i] = (u16)encodeHalf<T>(x);
+}
+
+/* Any float32, rounded to T, as float32. */
+template <typename T>
+DEVICE float rounded(float x) {
+  if constexpr (T::BYTES == 4) return x;
+  else return decode<T>((u16)encodeHalf<T>(x));
 }
 
 // Memory. Streams are read and written once, so they pass by the first cache.
@@ -198,6 +228,23 @@ DEVICE bool isAligned(const void* p, u32 bytes) { return ((u64)p & (bytes - 1)) 
 
 DEVICE const void* advance(const void* p, u64 bytes) { return (const u8*)p + bytes; }
 DEVICE void* advance(void* p, u64 bytes) { return (u8*)p + bytes; }
+
+/*
+ * A barrier of one of up to eight groups of warps. Barrier 0 is the whole block's. The numbers are constants, because a block
+ * that computes them is given all sixteen, of which a multiprocessor has few.
+ */
+DEVICE void groupBarrier(u32 group, u32 threads) {
+  switch (group) {
+    case 0: asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); break;
+    case 1: asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory"); break;
+    case 2: asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory"); break;
+    case 3: asm volatile("bar.sync 4, %0;" ::"r"(threads) : "memory"); break;
+    case 4: asm volatile("bar.sync 5, %0;" ::"r"(threads) : "memory"); break;
+    case 5: asm volatile("bar.sync 6, %0;" ::"r"(threads) : "memory"); break;
+    case 6: asm volatile("bar.sync 7, %0;" ::"r"(threads) : "memory"); break;
+    default: asm volatile("bar.sync 8, %0;" ::"r"(threads) : "memory");
+  }
+}
 
 // Magnitudes. As integers the bits of |x| order like the numbers, and every NaN counts as larger than infinity: so one
 // maximum finds absmax and tells whether all are finite.

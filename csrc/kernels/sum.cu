@@ -50,3 +50,21 @@ KERNEL __launch_bounds__(MEAN_THREADS) meanOfSums(MeanOfSums op) {
   double sum = sumOfChunk(x, sums);
   if (laneId() == 0) store<F32>(op.y, 0, (float)(sum / (double)op.n));
 }
+
+// The sums of a product that was split along k.
+
+template <typename T>
+DEVICE void sumOfPartials(const SumPartials& op) {
+  const u64 i = (u64)blockIdx.x * SUM_THREADS + threadIdx.x;
+  const u64 n = op.rows * op.cols;
+  if (i >= n) return;
+  float sum = 0;
+#pragma unroll 4
+  for (u32 s = 0; s < op.splits; s++) sum += __ldg((const float*)op.x + s * n + i);
+  if (op.bias) sum += load<T>(op.bias, i % op.cols);
+  store<T>(op.y, i, sum);
+}
+
+KERNEL __launch_bounds__(SUM_THREADS) sumPartials_f32(SumPartials op) { sumOfPartials<F32>(op); }
+KERNEL __launch_bounds__(SUM_THREADS) sumPartials_f16(SumPartials op) { sumOfPartials<F16>(op); }
+KERNEL __launch_bounds__(SUM_THREADS) sumPartials_bf16(SumPartials op) { sumOfPartials<BF16>(op); }

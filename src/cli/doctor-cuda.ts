@@ -1,5 +1,5 @@
 /** The part of `halfbyte doctor` that is about the GPU: what was found, what works, and what to do by the cause of a failure. */
-import { kernelFolder } from "../backend/cuda/backend.js";
+import { CudaBackend, kernelFolder } from "../backend/cuda/backend.js";
 import { architectureName, cudaVersionName, type KernelImage, listImages, targetName } from "../backend/cuda/images.js";
 import { type ProbeResult, probeCuda } from "../backend/cuda/probe.js";
 import { findTraces } from "../backend/cuda/traces.js";
@@ -135,7 +135,14 @@ export async function diagnoseCuda(wanted: boolean, jetson: Jetson): Promise<{ c
 async function useBackend(backend: Backend): Promise<{ checks: Check[]; latency: Latency }> {
   const kernel = await checkKernel(backend);
   const latency = await measureLatency(backend);
-  return { checks: [kernel, describeLatency(backend, latency), describeMemory(backend)], latency };
+  const blas = backend instanceof CudaBackend ? [describeBlas(backend)] : [];
+  return { checks: [kernel, ...blas, describeLatency(backend, latency), describeMemory(backend)], latency };
+}
+
+/** Which cuBLASLt multiplies matrices, or why none does. */
+export function describeBlas(backend: Pick<CudaBackend, "blasVersion" | "blasMissing">): Check {
+  const version = backend.blasVersion();
+  return info("cuda products", version ? `cuBLASLt ${version}` : `own kernels, no cuBLASLt: ${backend.blasMissing()}`);
 }
 
 /** A package whose manifest cannot be read is reported by the probe. */

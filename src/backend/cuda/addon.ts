@@ -6,6 +6,8 @@
  * numbers (below 2^53). Main thread only.
  */
 
+import type { DType } from "../../core/dtype.js";
+
 /** Statuses of the binding itself. The addon's C++ gets them generated from here. */
 export const BINDING = {
   /** An argument has the wrong type or range. */
@@ -20,15 +22,54 @@ export const BINDING = {
   missingSymbol: -5,
   /** Host memory, handles or threads are exhausted. */
   outOfHostMemory: -6,
-  /** Called before `open`. */
+  /** Called before `open`, a product before `blasOpen`. */
   closed: -7,
+  /** cuBLASLt has no algorithm for a product of this kind: `detail()` has its sizes. */
+  notSupported: -8,
 } as const;
+
+/** A call of cuBLASLt that failed with cublasStatus_t s has the status BLAS_STATUS - s. */
+export const BLAS_STATUS = -1000;
 
 export type Status = number;
 
 /** A launch, as words of `CudaAddon.command`; the operand struct follows at byte COMMAND_OPERANDS. */
 export const COMMAND_WORDS = { func: 0, grid: 1, block: 2, shared: 3, stream: 4, operandBytes: 5 } as const;
 export const COMMAND_OPERANDS = 64;
+
+/** The dtypes of `blasMatmul`, as DTYPE_ID numbers them; i8 gives i32. */
+export const BLAS_DTYPES = ["f32", "f16", "bf16", "i8"] as const satisfies readonly DType[];
+/**
+ * A product, as words of `CudaAddon.command` from byte BLAS_COMMAND on, which lies past the operands of every kernel: addresses and
+ * strides are of two words, the low one first. Row-major, y[m, n] = op(a) op(b) + bias[n]: a holds m x k elements, or k x m with
+ * transposeA, b k x n, or n x k with transposeB; lda, ldb and ldy are elements from row to row, the strides elements from matrix to
+ * matrix (0: one for all; ignored for a batch of 1). bias 0: none. wide: y is f32 where a and b are of
+ * 16 bits. Sizes are from 1 to 2^31 - 1.
+ */
+export const BLAS_WORDS = {
+  dtype: 0,
+  transposeA: 1,
+  transposeB: 2,
+  m: 3,
+  n: 4,
+  k: 5,
+  batch: 6,
+  lda: 7,
+  ldb: 8,
+  ldy: 9,
+  stream: 10,
+  workspaceBytes: 11,
+  strideA: 12,
+  strideB: 14,
+  strideY: 16,
+  a: 18,
+  b: 20,
+  bias: 22,
+  y: 24,
+  workspace: 26,
+  wide: 28,
+} as const;
+export const BLAS_COMMAND = 2048;
 
 export interface CudaAddon {
   /** Numbers that the last call yielded. */
@@ -118,6 +159,20 @@ export interface CudaAddon {
   functionOccupancy(func: number, block: number, shared: number): Status;
   /** Launches what `command` says. The kernel takes one struct by value: the operands. */
   launch(): Status;
+
+  /**
+   * Opens cuBLASLt (a name for the loader, or a path) and makes its handle in the retained context: one library per context, opened
+   * anew for every context. results[0 to 2]: major, minor and patch, also when the handle then fails. `identity`
+   * gets the library's `file`. The handle goes with the context.
+   */
+  blasOpen(path: string, identity: { file?: string }): Status;
+  /**
+   * Enqueues the product that `command` says, float32 sums (never TF32), int32 ones for i8, in an order that depends on sizes,
+   * strides, the alignment of addresses, the workspace's size and the GPU only. results[0]: 1 when it was planned anew, else 0;
+   * [1]: bytes of the workspace that it takes; [2]: how often it fills the GPU, by the library's estimate. The first product of
+   * a kind takes device memory for the library's code. `notSupported` leaves y as it is.
+   */
+  blasMatmul(): Status;
 
   /** Asynchronous copies in stream order. */
   copyFromHost(to: number, host: number, offset: number, bytes: number, stream: number): Status;

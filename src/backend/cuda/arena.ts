@@ -6,7 +6,7 @@
  * runs later. (The cpu's arena is one range that grows; what the two have in common is too little to share.)
  */
 import { OutOfMemoryError } from "../../core/errors.js";
-import type { Storage } from "../../core/kernels.js";
+import type { Address, Storage } from "../../core/kernels.js";
 import { CUDA_STATUS } from "./device.js";
 import type { CudaStream } from "./stream.js";
 
@@ -44,6 +44,11 @@ export class CudaStorage implements Storage {
   }
 }
 
+/** Where an operand lies for the GPU; 0 for none. */
+export function addressOf(address: Address | null): number {
+  return address === null ? 0 : (address.storage as CudaStorage).address + address.byteOffset;
+}
+
 interface Segment {
   readonly id: number;
   readonly address: number;
@@ -67,11 +72,11 @@ class FreeBlocks {
   private readonly sorted: Block[] = [];
 
   add(block: Block): void {
-    this.sorted.splice(this.find(block.bytes, addressOf(block)), 0, block);
+    this.sorted.splice(this.find(block.bytes, placeOf(block)), 0, block);
   }
 
   remove(block: Block): void {
-    this.sorted.splice(this.find(block.bytes, addressOf(block)), 1);
+    this.sorted.splice(this.find(block.bytes, placeOf(block)), 1);
   }
 
   /** The smallest block that holds `bytes`, the lowest of several. */
@@ -95,14 +100,14 @@ class FreeBlocks {
     while (low < high) {
       const mid = (low + high) >> 1;
       const block = this.sorted[mid]!;
-      if (block.bytes < bytes || (block.bytes === bytes && addressOf(block) < address)) low = mid + 1;
+      if (block.bytes < bytes || (block.bytes === bytes && placeOf(block) < address)) low = mid + 1;
       else high = mid;
     }
     return low;
   }
 }
 
-const addressOf = (block: Block): number => block.segment.address + block.offset;
+const placeOf = (block: Block): number => block.segment.address + block.offset;
 const roundUp = (bytes: number, to: number): number => Math.ceil(bytes / to) * to;
 
 export interface ArenaOptions {

@@ -17,11 +17,13 @@ import {
 } from "../../core/kernels.js";
 import { availableMemory } from "../system.js";
 import { COMMAND_OPERANDS } from "./addon.js";
-import { Arena, type CudaStorage } from "./arena.js";
+import { Arena, addressOf, type CudaStorage } from "./arena.js";
+import { CudaBlas } from "./blas.js";
 import { SharedContext } from "./context.js";
 import { type CudaDevice, findDevice, openDriver } from "./device.js";
 import { FaultWord } from "./faults.js";
-import { CUDA_KERNELS, type Plan } from "./kernels.js";
+import { CUDA_KERNELS } from "./kernels.js";
+import type { Launch, Plan } from "./launch.js";
 import { type CudaLayout, cudaLayout } from "./layout.js";
 import { KernelModules } from "./modules.js";
 import { ReadQueue } from "./reads.js";
@@ -42,6 +44,11 @@ export interface CudaOptions {
   readonly kernels?: string;
   /** The driver library. Default: HALFBYTE_CUDA_LIBRARY, else libcuda.so.1. */
   readonly library?: string;
+  /**
+   * The cuBLASLt library that multiplies matrices, or `false` for this package's own kernels alone. Default: HALFBYTE_CUBLASLT (a
+   * path, or "off"), else the system's, where there is one.
+   */
+  readonly blas?: string | false;
 }
 
 /** Where the kernel images are: `folder`, else HALFBYTE_KERNELS, else the package's. */
@@ -72,6 +79,8 @@ type Values = Readonly<Record<string, Address | number | null>>;
 
 const GUARD_PEEK = 4096;
 const TWO_32 = 2 ** 32;
+/** The first architecture with bf16 on tensor cores and copies into shared memory. */
+const TENSOR_CORES = 80;
 
 export class CudaBackend implements Backend {
   readonly device = "cuda";
@@ -84,6 +93,7 @@ export class CudaBackend implements Backend {
   private readonly reads: ReadQueue;
   private readonly faults: FaultWord;
   private readonly modules: KernelModules;
+  private readonly blas: CudaBlas;
   private readonly command: Uint32Array;
   private readonly commandFloats: Float32Array;
   private readonly constants = new WeakMap<object, CudaStorage>();
@@ -130,6 +140,12 @@ export class CudaBackend implements Backend {
     this.modules = new KernelModules(this.stream, this.info, kernelFolder(options.kernels), (family) => {
       if (integrated) this.warmUp(family);
     });
+    this.blas = new CudaBlas(this.stream, {
+      library: options.blas,
+      device: this.info,
+      allocate: (bytes) => this.arena.allocate(bytes, true),
+      release: (storage) => this.arena.release(storage),
+    });
     this.command = this.stream.command;
     this.commandFloats = new Float32Array(this.command.buffer);
     this.constantsGone = new FinalizationRegistry((storage) => this.release(storage));
@@ -171,11 +187,15 @@ export class CudaBackend implements Backend {
 
   launch<K extends KernelName>(kernel: K, operands: Operands<K>, context?: LaunchContext): void {
     this.check("launch");
-    const plan: Plan<K> = CUDA_KERNELS[kernel];
-    const launch = plan(operands);
-    if (launch === undefined) return;
     const packing = PACKINGS[kernel];
     const values = operands as Values;
+    if (kernel === "matmul" || kernel === "igemm") {
+      if (this.multiply(kernel, operands as Operands<"matmul" | "igemm">, packing, context)) return;
+    }
+    const plan: Plan<K> = CUDA_KERNELS[kernel];
+    let launch = plan(operands);
+    if (launch === undefined) return;
+    if (launch !== "driver" && launch.fallback && this.lacks(launch)) launch = launch.fallback;
     if (this.reads.pinning) this.settleOutputs(packing, values);
     // Before the operands are packed: loading a family may launch its warm-up.
     const entry = launch === "driver" ? undefined : this.modules.entry(KERNEL_FAMILY[kernel], launch);
@@ -224,6 +244,18 @@ export class CudaBackend implements Backend {
     return this.modules.descriptions;
   }
 
+  /** Version and file of the cuBLASLt that multiplies matrices (`12.6.4 (/usr/.../libcublasLt.so.12)`), if any. Opens it. */
+  blasVersion(): string | undefined {
+    this.check("blasVersion");
+    return this.blas.version;
+  }
+
+  /** Why no cuBLASLt is used, or undefined when one is. Opens it. */
+  blasMissing(): string | undefined {
+    this.check("blasMissing");
+    return this.blas.missing;
+  }
+
   /** Milliseconds that the GPU takes for what `body` launches. Blocks the thread: for benchmarks. */
   elapsed(body: () => void): number {
     this.check("elapsed");
@@ -261,6 +293,7 @@ export class CudaBackend implements Backend {
     this.reads.fail(new BackendError("cuda", "the backend was closed"));
     await stream.settled();
     this.modules.close();
+    this.blas.close();
     this.writes.close();
     this.arena.close();
     this.pinned.close();
@@ -271,7 +304,7 @@ export class CudaBackend implements Backend {
   /**
    * Runs something small of a family that has just been loaded, on integrated GPUs only. Orin boards have been seen to reboot when a
    * process began with several large 4-bit products, and not when a small one went before; power and clocks then rise
-   * on something that hardly draws any. Products have their place here as soon as there are some.
+   * on something that hardly draws any.
    */
   private warmUp(family: KernelFamily): void {
     const n = 64;
@@ -285,8 +318,52 @@ export class CudaBackend implements Backend {
         const sizes = { n, blocksize: n, dtype: f32, quantType: QUANT_TYPE_ID.nf4 };
         this.launch("dequantize4bit", { packed: at(0), absmax: at(1), y: at(2), ...sizes });
       }
+      if (family === "matmul4bit") {
+        const sizes = {
+          m: 1,
+          n: 8,
+          k: n,
+          blocksize: n,
+          blocksize2: 0,
+          dtype: f32,
+          quantType: QUANT_TYPE_ID.nf4,
+          splits: 1,
+        };
+        const none = { code: null, absmax2: null, offset: null, bias: null, partial: null };
+        this.launch("matmul4bit", { a: at(0), packed: at(1), absmax: at(2), y: at(3), ...none, ...sizes });
+      }
     } finally {
       this.arena.release(storage);
+    }
+  }
+
+  /** Whether this GPU lacks what a launch that has a fallback needs. */
+  private lacks({ shared }: Launch): boolean {
+    return this.info.architecture < TENSOR_CORES || shared > this.info.sharedBytesPerBlock;
+  }
+
+  /** A product by cuBLASLt; false when that is not for it. */
+  private multiply<K extends "matmul" | "igemm">(
+    kernel: K,
+    operands: Operands<K>,
+    packing: Packing,
+    context: LaunchContext | undefined,
+  ): boolean {
+    if (!this.blas.serves(kernel, operands)) return false;
+    const values = operands as Values;
+    if (this.reads.pinning) this.settleOutputs(packing, values);
+    this.pack(packing, values, context);
+    if (!this.blas.wantsSums(kernel, operands)) return this.blas.launch(kernel, operands);
+    const { bias, y, m, n, batch, dtype } = operands as Operands<"matmul">;
+    const rows = batch * m;
+    const sums = this.arena.allocate(rows * n * Float32Array.BYTES_PER_ELEMENT, true);
+    try {
+      if (!this.blas.launch(kernel, operands, sums.address)) return false;
+      const x = { storage: sums, byteOffset: 0 };
+      this.launch("sumPartials", { x, bias, y, rows, cols: n, splits: 1, dtype });
+      return true;
+    } finally {
+      this.arena.release(sums);
     }
   }
 
@@ -357,8 +434,4 @@ export class CudaBackend implements Backend {
     if (this.closing) throw new DisposedError("the cuda backend", op);
     if (this.stream.failure) throw this.stream.failure;
   }
-}
-
-function addressOf(address: Address | null): number {
-  return address === null ? 0 : (address.storage as CudaStorage).address + address.byteOffset;
 }

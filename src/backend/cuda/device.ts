@@ -14,6 +14,8 @@ export interface CudaDevice {
   /** 87 for compute capability 8.7. */
   readonly architecture: number;
   readonly multiprocessors: number;
+  /** The most bytes of shared memory that a block of threads may ask for. */
+  readonly sharedBytesPerBlock: number;
   readonly totalBytes: number;
   /** Shares its memory with the host, as on a Jetson. */
   readonly integrated: boolean;
@@ -31,6 +33,7 @@ const ATTRIBUTE = {
   capabilityMajor: 75,
   capabilityMinor: 76,
   concurrentManagedAccess: 89,
+  sharedBytesPerBlock: 97,
   memoryPools: 115,
 } as const;
 
@@ -135,6 +138,7 @@ function describeDevice({ addon, version }: CudaDriver, ordinal: number): CudaDe
     uuid: identity.uuid ?? "",
     architecture: attribute("capabilityMajor") * 10 + attribute("capabilityMinor"),
     multiprocessors: attribute("multiprocessors"),
+    sharedBytesPerBlock: attribute("sharedBytesPerBlock"),
     totalBytes,
     integrated: attribute("integrated") !== 0,
     driverVersion: version,

@@ -5,37 +5,12 @@
  */
 
 import { DTYPE_BYTES, DTYPES } from "../../core/dtype.js";
-import { BackendError } from "../../core/errors.js";
-import { type KernelName, type Operands, QUANT_TYPE_ID, SUM_CHUNK } from "../../core/kernels.js";
+import { type KernelName, SUM_CHUNK } from "../../core/kernels.js";
 import { ceilDiv } from "../../core/shape.js";
-
-/** One launch. Blocks are one-dimensional. */
-export interface Launch {
-  readonly entry: string;
-  readonly grid: number;
-  /** Threads of a block. */
-  readonly block: number;
-  /** Bytes of dynamic shared memory. */
-  readonly shared: number;
-  /** The blocks walk over the work of the whole grid: no more of them are launched than run at once. */
-  readonly walks: boolean;
-}
-
-/** `undefined`: nothing to do. `"driver"`: the driver's own copy or fill serves. */
-export type Plan<K extends KernelName> = (o: Operands<K>) => Launch | "driver" | undefined;
-
-/** The most blocks of one launch. */
-const MOST_BLOCKS = 2 ** 31 - 1;
-
-function launch(entry: string, grid: number, block: number, walks = false): Launch | undefined {
-  if (grid === 0) return undefined;
-  if (grid > MOST_BLOCKS)
-    throw new BackendError("cuda", `${entry}: ${grid} blocks, and a launch has ${MOST_BLOCKS} at most`);
-  return { entry, grid, block, shared: 0, walks };
-}
-
-const dtypeName = (o: { dtype: number }): string => DTYPES[o.dtype]!;
-const fourbitName = (o: { quantType: number }): string => (o.quantType === QUANT_TYPE_ID.nf4 ? "nf4" : "fp4");
+import { dtypeName, fourbitName, type Launch, launch, type Plan, WARP } from "./launch.js";
+import { DENSE_GEOMETRY, DENSE_PLANS } from "./plans-dense.js";
+import { INT8_PLANS } from "./plans-int8.js";
+import { MATMUL4BIT_GEOMETRY, MATMUL4BIT_PLANS } from "./plans-matmul4bit.js";
 
 /** Threads of a block and what they take; csrc/kernels gets these generated. */
 export const GEOMETRY = {
@@ -50,10 +25,11 @@ export const GEOMETRY = {
   ROW_THREADS: 256,
   /** 16-byte vectors of the floating-point operand that a thread of the blockwise and 4-bit kernels takes. */
   VECTORS: 4,
+  ...MATMUL4BIT_GEOMETRY,
+  ...DENSE_GEOMETRY,
 } as const;
 const G = GEOMETRY;
 
-const WARP = 32;
 const VECTOR_BYTES = 16;
 const tiles = (o: { n: number; dtype: number }, threads: number): number =>
   ceilDiv(o.n, (threads * G.VECTORS * VECTOR_BYTES) / DTYPE_BYTES[DTYPES[o.dtype]!]);
@@ -72,6 +48,7 @@ export const CUDA_KERNELS: { readonly [K in KernelName]: Plan<K> } = {
   convert: (o) => launch("convert", ceilDiv(o.n, G.CONVERT_TILE), G.CONVERT_THREADS),
   sumChunks: (o) => launch("sumChunks", ceilDiv(ceilDiv(o.n, SUM_CHUNK), G.SUM_THREADS / WARP), G.SUM_THREADS),
   meanOfSums: () => launch("meanOfSums", 1, G.MEAN_THREADS),
+  sumPartials: (o) => launch(`sumPartials_${dtypeName(o)}`, ceilDiv(o.rows * o.cols, G.SUM_THREADS), G.SUM_THREADS),
   quantizeBlockwise: (o) => {
     const entry = `quantizeBlockwise_${dtypeName(o)}${o.offset ? "_offset" : ""}`;
     return launch(entry, tiles(o, G.BLOCKWISE_THREADS), G.BLOCKWISE_THREADS, true);
@@ -82,6 +59,9 @@ export const CUDA_KERNELS: { readonly [K in KernelName]: Plan<K> } = {
     launch(`quantize4bit_${dtypeName(o)}_${fourbitName(o)}`, tiles(o, G.FOURBIT_THREADS), G.FOURBIT_THREADS),
   dequantize4bit: (o) =>
     launch(`dequantize4bit_${dtypeName(o)}_${fourbitName(o)}`, tiles(o, G.FOURBIT_THREADS), G.FOURBIT_THREADS),
-  int8VectorwiseQuant: (o) => rows("int8VectorwiseQuant", o),
+  int8VectorwiseQuant: (o) => rows(`int8VectorwiseQuant${o.outliers ? "_outliers" : ""}`, o),
   int8VectorwiseDequant: (o) => rows("int8VectorwiseDequant", o),
+  ...INT8_PLANS,
+  ...MATMUL4BIT_PLANS,
+  ...DENSE_PLANS,
 };

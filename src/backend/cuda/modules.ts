@@ -3,7 +3,7 @@ import { BackendError } from "../../core/errors.js";
 import type { KernelFamily } from "../../core/kernels.js";
 import { CUDA_STATUS, type CudaDevice } from "./device.js";
 import { selectImage } from "./images.js";
-import type { Launch } from "./kernels.js";
+import type { Launch } from "./launch.js";
 import type { CudaStream } from "./stream.js";
 
 /** CUfunction_attribute: how much dynamic shared memory a launch may ask for. */

@@ -4,10 +4,19 @@
  */
 import type { BackendError } from "../../core/errors.js";
 import { type FieldType, KERNEL_NAMES, KERNELS, type KernelName } from "../../core/kernels.js";
-import { COMMAND_OPERANDS, COMMAND_WORDS, type CudaAddon, type Status } from "./addon.js";
+import {
+  BINDING,
+  BLAS_COMMAND,
+  BLAS_STATUS,
+  BLAS_WORDS,
+  COMMAND_OPERANDS,
+  COMMAND_WORDS,
+  type CudaAddon,
+  type Status,
+} from "./addon.js";
 import type { SharedContext } from "./context.js";
 import { CUDA_STATUS } from "./device.js";
-import type { Launch } from "./kernels.js";
+import type { Launch } from "./launch.js";
 import { cudaLayout } from "./layout.js";
 import { check } from "./load.js";
 
@@ -19,6 +28,9 @@ const REMEMBERED = 4;
 /** Events that are kept for later; more exist only while more are in use. */
 const IDLE_EVENTS = 128;
 const OPERAND_WORD = COMMAND_OPERANDS >> 2;
+const BLAS_STREAM = (BLAS_COMMAND >> 2) + BLAS_WORDS.stream;
+/** CUBLAS_STATUS_ALLOC_FAILED. */
+const BLAS_OUT_OF_MEMORY = BLAS_STATUS - 3;
 
 /** By kernel: its number in KERNEL_NAMES, and the words of its operand struct. */
 const IDS = new Map(KERNEL_NAMES.map((name, id) => [name, { id, words: cudaLayout(name).bytes >> 2 }]));
@@ -102,6 +114,30 @@ export class CudaStream {
     // The driver loads code lazily: a first launch may lack memory.
     if (status === CUDA_STATUS.outOfMemory && this.relieve()) status = addon.launch();
     if (status !== 0) throw this.error("launch", status, this.describeLast(1));
+  }
+
+  /** The product that lies in `command` by cuBLASLt, whatever comes of it. */
+  askBlas(): Status {
+    this.command[BLAS_STREAM] = this.handle;
+    const status = this.addon.blasMatmul();
+    return status === BLAS_OUT_OF_MEMORY && this.relieve() ? this.addon.blasMatmul() : status;
+  }
+
+  /**
+   * Multiplies by cuBLASLt what lies in `command`, as a product and as the operands of `kernel`.
+   * @returns false when the library has no algorithm for it; the addon's `detail` then says more
+   * @throws CudaError
+   */
+  multiply(kernel: KernelName): boolean {
+    const status = this.askBlas();
+    if (status === BINDING.notSupported) return false;
+    this.remember(kernel);
+    if (status === 0) return true;
+    const error = this.error("blasMatmul", status, this.describeLast(1));
+    // The library has one status for everything that befalls the device: the driver knows what it was.
+    const { handle } = this;
+    const device = this.addon.streamQuery(handle);
+    throw STICKY.has(device) ? this.error("streamQuery", device) : error;
   }
 
   copyFromHost(to: number, host: number, offset: number, bytes: number): void {
