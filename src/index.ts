@@ -40,6 +40,7 @@ export {
 export type { Backend, BackendState, DeviceMemory, DeviceName } from "./core/backend.js";
 export { DTYPES, type DType, FLOAT_DTYPES, type FloatDType } from "./core/dtype.js";
 export * from "./core/errors.js";
+export type { ProductMode } from "./core/product-paths.js";
 export { keep, tidy } from "./core/scope.js";
 export type { Shape } from "./core/shape.js";
 export { Tensor } from "./core/tensor.js";
@@ -70,7 +71,45 @@ export {
   quantizeFp4,
   quantizeNf4,
 } from "./ops/fourbit.js";
-export { type Int8VectorwiseQuantOptions, int8VectorwiseDequant, int8VectorwiseQuant } from "./ops/int8.js";
+export {
+  batchedIgemm,
+  type IgemmOptions,
+  type Int8MixedScaledMmOptions,
+  type Int8MmDequantOptions,
+  type IntegerOptions,
+  igemm,
+  int8LinearMatmul,
+  int8MixedScaledMm,
+  int8MmDequant,
+  int8ScaledMm,
+  type Matmul8bitOptions,
+  matmul8bit,
+} from "./ops/igemm.js";
+export {
+  type Int8VectorwiseDequantOptions,
+  type Int8VectorwiseQuantOptions,
+  int8DoubleQuant,
+  int8VectorwiseDequant,
+  int8VectorwiseQuant,
+  OutlierColumns,
+} from "./ops/int8.js";
+export { type MatmulOptions, matmul } from "./ops/matmul.js";
+export {
+  type Gemv4bitOptions,
+  gemv4bit,
+  type Matmul4bitOptions,
+  matmul4bit,
+  matmul4bitBackward,
+} from "./ops/matmul4bit.js";
+export {
+  COOSparseTensor,
+  type CooZerosOptions,
+  cooZeros,
+  type SpmmCooOptions,
+  type SpmmCooVerySparseOptions,
+  spmmCoo,
+  spmmCooVerySparse,
+} from "./ops/sparse.js";
 export { mean } from "./ops/sum.js";
 export { Codebook } from "./quant/codebook.js";
 export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";

@@ -1,12 +1,12 @@
 /** One case while it runs: its tensors on the device, what was compared, what was found. */
 import type { DeviceName } from "../core/backend.js";
-import { DTYPE_BYTES, type DType, isFloat } from "../core/dtype.js";
+import { DTYPE_BYTES, type DType, type FloatDType, isFloat } from "../core/dtype.js";
 import type { Disposable } from "../core/scope.js";
 import { formatShape, type Shape, sameShape, sizeOf } from "../core/shape.js";
 import type { Tensor } from "../core/tensor.js";
 import { fromBytes } from "../ops/create.js";
 import type { GoldenCase, GoldenTensor } from "./cases.js";
-import { bitsAt, hex, numberOf, ulpsApart } from "./float-bits.js";
+import { bitsAt, floatsOf, hex, numberOf, ulpsApart } from "./float-bits.js";
 import type { GoldenFailure, WorstElement } from "./report.js";
 import { allowedCodes, type CodeRule } from "./ties.js";
 
@@ -27,6 +27,28 @@ export interface CodeComparison {
 }
 
 const NONE: ReadonlySet<number> = new Set();
+
+/** The error of a product may be this many times golden's. */
+export const ERROR_RATIO = 1.02;
+
+/** Value and scale of element i, as a code comparison wants them. */
+export function scaledBy(values: Float32Array, scales: Float32Array, blocksize: number) {
+  return {
+    value: (i: number) => values[i]!,
+    absmax: (i: number) => scales[Math.floor(i / blocksize)]!,
+    count: values.length,
+  };
+}
+
+/** ||x - reference|| / ||reference||, Euclidean norms, in float64. */
+export function relativeError(x: ArrayLike<number>, reference: ArrayLike<number>): number {
+  let [difference, norm] = [0, 0];
+  for (let i = 0; i < reference.length; i++) {
+    difference += (x[i]! - reference[i]!) ** 2;
+    norm += reference[i]! ** 2;
+  }
+  return difference === 0 ? 0 : Math.sqrt(difference / norm);
+}
 
 export class CaseRun {
   ties = 0;
@@ -139,6 +161,38 @@ export class CaseRun {
     const problem = `${mismatches} of ${expected.length} codes differ`;
     if (mismatches > 0) this.fail(golden, problem, expected.length, mismatches, worst);
     return ties;
+  }
+
+  /**
+   * Compares a product by its error: the relative error against `reference` may be ERROR_RATIO times golden's own, measured the
+   * same way, or `stated`, if that is more.
+   * @returns whether it is accurate enough
+   */
+  async accurate(
+    golden: GoldenTensor<FloatDType>,
+    got: Tensor,
+    reference: ArrayLike<number>,
+    { how = "", stated = 0 } = {},
+  ): Promise<boolean> {
+    if (!this.sameShape(golden, got.shape)) return false;
+    this.comparisons++;
+    const theirs = floatsOf(golden.dtype, golden.bytes);
+    const ours = floatsOf(golden.dtype, await got.bytes());
+    const allowed = ERROR_RATIO * Math.max(stated, relativeError(theirs, reference));
+    const error = relativeError(ours, reference);
+    if (error <= allowed) return true;
+    const off = (x: Float32Array, i: number): number => Math.abs(x[i]! - reference[i]!);
+    let limit = 0;
+    for (let i = 0; i < theirs.length; i++) limit = Math.max(limit, off(theirs, i));
+    let mismatches = 0;
+    let worst = 0;
+    for (let i = 0; i < ours.length; i++) {
+      if (!(off(ours, i) <= limit)) mismatches++;
+      if (!(off(ours, i) <= off(ours, worst))) worst = i;
+    }
+    const problem = `relative error ${error.toExponential(3)}, ${allowed.toExponential(3)} is allowed${how && ` (${how})`}`;
+    const element = { index: worst, expected: reference[worst]!, got: ours[worst]! };
+    return this.fail(golden, problem, ours.length, mismatches, element);
   }
 
   /** Notes a failure about a golden tensor. */

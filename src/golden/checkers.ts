@@ -3,18 +3,18 @@ import { FLOAT_DTYPES, type FloatDType } from "../core/dtype.js";
 import type { Tensor } from "../core/tensor.js";
 import { dequantizeBlockwise, nest, quantizeBlockwise } from "../ops/blockwise.js";
 import { dequantize4bit, quantize4bit } from "../ops/fourbit.js";
-import { int8VectorwiseQuant } from "../ops/int8.js";
 import type { PRIMITIVES, PrimitiveName } from "../ops/registry.js";
 import { Codebook } from "../quant/codebook.js";
 import { createDynamicMap, get4bitType } from "../quant/codebooks.js";
 import { QuantState } from "../quant/state.js";
 import { formatQuantState } from "../quant/state-json.js";
 import { NESTED_BLOCKSIZE, QUANT_TYPES } from "../quant/types.js";
-import type { CaseRun } from "./case-run.js";
-import type { Field, GoldenTensor } from "./cases.js";
+import { type CaseRun, scaledBy } from "./case-run.js";
+import type { GoldenTensor } from "./cases.js";
 import { CODEBOOK_NAMES, CODEBOOKS } from "./codebooks.js";
 import { floatsOf, ulpsApart, withoutSigns } from "./float-bits.js";
-import { blockwiseRule, type CodeRule, fourBitRule, INT8_RULE, TIE_ULPS } from "./ties.js";
+import { checkGemm4bit, checkInt8 } from "./product-checkers.js";
+import { blockwiseRule, type CodeRule, fourBitRule, TIE_ULPS } from "./ties.js";
 
 /** Runs a case and notes what it finds. @throws CaseError, UnsupportedError (the case counts as not run) and what ops throw */
 export type Checker = (run: CaseRun) => Promise<void>;
@@ -27,7 +27,6 @@ export interface Missing {
 type RegistryOp = Extract<(typeof PRIMITIVES)[PrimitiveName]["golden"], string>;
 type FileOp =
   | "quantize_4bit_nested"
-  | "gemm_4bit"
   | "optimizer"
   | "Linear4bit"
   | "Linear8bitLt"
@@ -35,7 +34,6 @@ type FileOp =
   | "EmbeddingNF4"
   | "EmbeddingFP4";
 
-const PRODUCTS: Missing = { missing: "this version has no matrix products" };
 const MODULES: Missing = { missing: "this version has no modules" };
 
 const CHECKERS: Readonly<Record<RegistryOp | FileOp, Checker | Missing>> = {
@@ -44,7 +42,7 @@ const CHECKERS: Readonly<Record<RegistryOp | FileOp, Checker | Missing>> = {
   quantize_blockwise: checkQuantizeBlockwise,
   quantize_4bit_nested: checkNested,
   int8: checkInt8,
-  gemm_4bit: PRODUCTS,
+  gemm_4bit: checkGemm4bit,
   optimizer: { missing: "this version has no optimizers" },
   Linear4bit: MODULES,
   Linear8bitLt: MODULES,
@@ -164,40 +162,6 @@ async function checkNested(run: CaseRun): Promise<void> {
   const state2 = new QuantState({ ...nested.state2!, absmax: run.upload(nestedAbsmax) });
   const goldenState = new QuantState({ ...nested, absmax: run.upload(goldenAbsmax), offset, state2 });
   await compareDecoded(run, dequant, ties, [run.upload(goldenPacked), goldenState], [packed, nested]);
-}
-
-/** Row-wise quantization, as far as it goes without a threshold; the rest of the case remains unread and so not run. */
-async function checkInt8(run: CaseRun): Promise<void> {
-  const rows = async (input: Field, codes: Field, scales: Field): Promise<void> => {
-    const A = await run.case_.tensor(input, ["f16"]);
-    const [goldenCodes, goldenScales] = [
-      await run.case_.tensor(codes, ["i8"]),
-      await run.case_.tensor(scales, ["f32"]),
-    ];
-    const [q, scale] = run.own(int8VectorwiseQuant(run.upload(A)));
-    await run.equal(goldenScales, scale);
-    run.codes({
-      golden: goldenCodes,
-      shape: q.shape,
-      expected: new Int8Array(goldenCodes.bytes.buffer),
-      got: new Int8Array((await q.bytes()).buffer),
-      rule: INT8_RULE,
-      ...scaledBy(floatsOf("f16", A.bytes), floatsOf("f32", goldenScales.bytes), A.shape.at(-1)!),
-    });
-  };
-  await rows("W", "CB", "SCB");
-  if (run.case_.number("threshold") > 0) return;
-  await rows("A", "CA", "SCA");
-  await rows("A", ["double", "row"], ["double", "row_stats"]);
-}
-
-/** Value and scale of element i, as a code comparison wants them. */
-function scaledBy(values: Float32Array, scales: Float32Array, blocksize: number) {
-  return {
-    value: (i: number) => values[i]!,
-    absmax: (i: number) => scales[Math.floor(i / blocksize)]!,
-    count: values.length,
-  };
 }
 
 /** Compares packed nibbles one by one, the pad of an odd length included. */

@@ -1,6 +1,7 @@
 /** Blockwise 8-bit quantization with any sorted 256-entry codebook. Numerics: docs/numerics.md, "Blockwise". */
+import type { Backend } from "../core/backend.js";
 import { DTYPE_ID, FLOAT_DTYPES, type FloatDType } from "../core/dtype.js";
-import { ArgumentError } from "../core/errors.js";
+import { ArgumentError, ShapeError } from "../core/errors.js";
 import type { Address } from "../core/kernels.js";
 import { tidy } from "../core/scope.js";
 import { ceilDiv } from "../core/shape.js";
@@ -178,9 +179,10 @@ export function dequantizeBlockwise(
   if (!given) throw new ArgumentError(op, "state", "a QuantState, or absmax", "neither");
   const code = state?.code ?? (options.code ? Codebook.of(op, options.code) : Codebook.dynamic());
   const dtype = options.dtype ?? state?.dtype ?? "f32";
+  const nested = state?.state2 && checkNested(op, state, A.backend);
   return tidy(() => {
     const { backend } = A;
-    const absmax = state?.state2 ? unnest(op, state) : given;
+    const absmax = nested ? decodeScales(nested) : given;
     checkTensor(op, "absmax", absmax, ["f32"], backend);
     checkBlocks(op, absmax, A.size, blocksize);
     const shape = state && A.size === state.shape.reduce((a, b) => a * b, 1) ? state.shape : A.shape;
@@ -199,18 +201,51 @@ export function dequantizeBlockwise(
   });
 }
 
-/** The f32 scales of a nested state: code2[absmax] * absmax2 + offset. A new tensor. @throws ArgumentError */
-export function unnest(op: string, state: QuantState): Tensor<"f32"> {
-  const { absmax, offset, state2 } = state;
+/** A nested state whose parts were checked. */
+export interface NestedState {
+  readonly absmax: Tensor<"u8">;
+  readonly offset: Tensor<"f32">;
+  readonly state2: { readonly absmax: Tensor<"f32">; readonly code: Codebook; readonly blocksize: number };
+}
+
+/**
+ * Checks the scales, plain or nested, of a state for `n` elements.
+ * @returns the state where it is nested
+ * @throws as `checkTensor`, ArgumentError (a part is missing, a wrong number of scales)
+ */
+export function checkScales(op: string, state: QuantState, n: number, backend: Backend): NestedState | undefined {
+  const { absmax, offset, state2, blocksize } = state;
+  if (!state2 && !offset) {
+    checkTensor(op, "state.absmax", absmax, ["f32"], backend);
+    checkBlocks(op, absmax, n, blocksize);
+    return undefined;
+  }
+  const nested = checkNested(op, state, backend);
+  checkBlocks(op, absmax, n, blocksize);
+  return nested;
+}
+
+function checkNested(op: string, { absmax, offset, state2 }: QuantState, backend: Backend): NestedState {
   if (!state2 || !offset || !state2.code) {
     throw new ArgumentError(op, "state", "a nested state with offset, state2 and its code", "one without");
   }
-  const { backend } = absmax;
-  checkTensor(op, "state.absmax", absmax, ["u8"]);
+  checkTensor(op, "state.absmax", absmax, ["u8"], backend);
   checkTensor(op, "state.offset", offset, ["f32"], backend);
+  if (offset.size !== 1) throw new ShapeError(op, "state.offset", "one element", `${offset.size}`);
   checkTensor(op, "state.state2.absmax", state2.absmax, ["f32"], backend);
   checkBlocksize(op, state2.blocksize);
   checkBlocks(op, state2.absmax, absmax.size, state2.blocksize);
+  return { absmax, offset, state2 } as NestedState;
+}
+
+/** `decodeScales` of a state that nobody has checked. @throws as `checkScales` */
+export function unnest(op: string, state: QuantState): Tensor<"f32"> {
+  return decodeScales(checkNested(op, state, state.absmax.backend));
+}
+
+/** The f32 scales of a nested state: code2[absmax] * absmax2 + offset. A new tensor. */
+export function decodeScales({ absmax, offset, state2 }: NestedState): Tensor<"f32"> {
+  const { backend } = absmax;
   const y = Tensor.allocate(backend, "f32", absmax.shape);
   backend.launch("dequantizeBlockwise", {
     q: absmax,

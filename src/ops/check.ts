@@ -36,6 +36,42 @@ export function checkFloat(op: string, operand: string, value: unknown): asserts
 }
 
 /** @throws ArgumentError */
+export function checkFlag(op: string, option: string, value: boolean): void {
+  if (typeof value !== "boolean") throw new ArgumentError(op, option, "true or false", String(value));
+}
+
+/** A bias, if there is one: one element of the result's dtype per column. @throws as `checkTensor`, ShapeError */
+export function checkBias(op: string, bias: unknown, columns: number, dtype: FloatDType, backend: Backend): void {
+  if (bias === undefined || bias === null) return;
+  checkTensor(op, "bias", bias, [dtype], backend);
+  checkVector(op, "bias", bias, columns);
+}
+
+/** @throws ShapeError unless the tensor has one dimension of this length */
+export function checkVector(op: string, operand: string, vector: Tensor, length: number): void {
+  if (vector.shape.length !== 1 || vector.size !== length) {
+    throw new ShapeError(op, operand, `[${length}]`, formatShape(vector.shape));
+  }
+}
+
+/** A as rows of its last dimension: their number and length. @throws ShapeError */
+export function rowsOf(op: string, operand: string, A: Tensor): [number, number] {
+  const { shape } = A;
+  const last = shape.length - 1;
+  if (last < 0) throw new ShapeError(op, operand, "at least one dimension", formatShape(shape));
+  let rows = 1;
+  for (let i = 0; i < last; i++) rows *= shape[i]!;
+  return [rows, shape[last]!];
+}
+
+/** A shape with another last dimension. */
+export function withLast(shape: Shape, size: number): Shape {
+  const other = shape.slice();
+  other[other.length - 1] = size;
+  return other;
+}
+
+/** @throws ArgumentError */
 export function checkBlocksize(op: string, blocksize: number): void {
   if (!(BLOCKSIZES as readonly number[]).includes(blocksize)) {
     throw new ArgumentError(op, "blocksize", `one of ${BLOCKSIZES.join(", ")}`, String(blocksize));
@@ -49,19 +85,19 @@ export function checkChoice<T extends string>(op: string, option: string, value:
 
 /**
  * The tensor an op writes to: the caller's `out` after checks (same number of elements; any shape; no byte in common with the
- * other operands, which kernels read while they write), or a new one.
+ * other operands, which kernels read while they write), or, without it, a new one. Null is as good as undefined.
  * @throws as `checkTensor`, ShapeError, ArgumentError (overlap)
  */
 export function output<D extends DType>(
   op: string,
   operand: string,
-  given: Tensor | undefined,
+  given: Tensor | null | undefined,
   backend: Backend,
   dtype: D,
   shape: Shape,
-  others: Readonly<Record<string, Tensor>>,
+  others: Readonly<Record<string, Tensor | null | undefined>>,
 ): Tensor<D> {
-  if (given === undefined) return Tensor.allocate(backend, dtype, shape);
+  if (given === undefined || given === null) return Tensor.allocate(backend, dtype, shape);
   checkTensor(op, operand, given, [dtype], backend);
   if (given.size !== sizeOf(shape)) {
     throw new ShapeError(
@@ -72,7 +108,7 @@ export function output<D extends DType>(
     );
   }
   for (const [name, other] of Object.entries(others)) {
-    if (given.overlaps(other)) {
+    if (other && given.overlaps(other)) {
       throw new ArgumentError(op, operand, `memory apart from ${name}`, `a tensor that shares bytes with ${name}`);
     }
   }

@@ -7,7 +7,7 @@ import { ceilDiv, sizeOf } from "../core/shape.js";
 import type { Tensor } from "../core/tensor.js";
 import { QuantState } from "../quant/state.js";
 import { NESTED_BLOCKSIZE, QUANT_TYPES, type QuantType } from "../quant/types.js";
-import { checkBlocks, nest, type Scales, stateOf, unnest } from "./blockwise.js";
+import { checkScales, decodeScales, type NestedState, nest, type Scales, stateOf } from "./blockwise.js";
 import { checkBlocksize, checkChoice, checkFloat, checkTensor, output } from "./check.js";
 
 export const fourbitPrimitives = {
@@ -112,25 +112,45 @@ export interface Dequantize4bitOptions {
 export function dequantize4bit(A: Tensor, state: QuantState, options: Dequantize4bitOptions = {}): Tensor<FloatDType> {
   const op = "dequantize4bit";
   checkTensor(op, "A", A, DTYPES);
-  if (!(state instanceof QuantState)) throw new ArgumentError(op, "state", "a QuantState", typeof state);
-  const { blocksize, quantType, dtype, shape } = state;
-  if (!quantType) throw new ArgumentError(op, "state", "one of quantize4bit", "one of quantizeBlockwise");
-  checkBlocksize(op, blocksize);
-  const n = sizeOf(shape);
-  const elements = ceilDiv(ceilDiv(n, 2), DTYPE_BYTES[A.dtype]);
-  if (A.size !== elements) {
-    throw new ShapeError(op, "A", `${elements} ${A.dtype} elements that hold ${n} codes`, `${A.size}`);
-  }
+  const { quantType, nested } = checkPacked(op, "A", A, state);
+  const { blocksize, dtype, shape } = state;
   return tidy(() => {
     const { backend } = A;
-    const absmax = state.nested ? unnest(op, state) : state.absmax;
-    checkTensor(op, "state.absmax", absmax, ["f32"], backend);
-    checkBlocks(op, absmax, n, blocksize);
-    const y = output(op, "out", options.out, backend, dtype, shape, { A, absmax });
+    const y = output(op, "out", options.out, backend, dtype, shape, {
+      A,
+      absmax: state.absmax,
+      offset: nested?.offset,
+      "state2.absmax": nested?.state2.absmax,
+    });
+    const absmax = nested ? decodeScales(nested) : state.absmax;
+    const n = sizeOf(shape);
     const type = QUANT_TYPE_ID[quantType];
     backend.launch("dequantize4bit", { packed: A, absmax, y, n, blocksize, dtype: DTYPE_ID[dtype], quantType: type });
     return y;
   });
+}
+
+/**
+ * Checks that packed codes and the state beside them belong together; for every op that decodes a 4-bit weight.
+ * @returns the type, and the state where its scales are nested
+ * @throws ArgumentError, ShapeError, and as `checkScales`
+ */
+export function checkPacked(
+  op: string,
+  operand: string,
+  packed: Tensor,
+  state: QuantState,
+): { readonly quantType: QuantType; readonly nested: NestedState | undefined } {
+  if (!(state instanceof QuantState)) throw new ArgumentError(op, "state", "a QuantState", typeof state);
+  const { blocksize, quantType, shape } = state;
+  if (!quantType) throw new ArgumentError(op, "state", "one of quantize4bit", "one of quantizeBlockwise");
+  checkBlocksize(op, blocksize);
+  const n = sizeOf(shape);
+  const elements = ceilDiv(ceilDiv(n, 2), DTYPE_BYTES[packed.dtype]);
+  if (packed.size !== elements) {
+    throw new ShapeError(op, operand, `${elements} ${packed.dtype} elements that hold ${n} codes`, `${packed.size}`);
+  }
+  return { quantType, nested: checkScales(op, state, n, packed.backend) };
 }
 
 /** `quantize4bit` with `quantType: "nf4"`. */

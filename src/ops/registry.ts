@@ -7,7 +7,11 @@ import type { KernelName } from "../core/kernels.js";
 import { blockwisePrimitives } from "./blockwise.js";
 import { codebookPrimitives } from "./codebooks.js";
 import { fourbitPrimitives } from "./fourbit.js";
+import { igemmPrimitives } from "./igemm.js";
 import { int8Primitives } from "./int8.js";
+import { matmulPrimitives } from "./matmul.js";
+import { matmul4bitPrimitives } from "./matmul4bit.js";
+import { sparsePrimitives } from "./sparse.js";
 import { sumPrimitives } from "./sum.js";
 
 export interface Primitive {
@@ -28,7 +32,11 @@ export const PRIMITIVES = {
   ...codebookPrimitives,
   ...blockwisePrimitives,
   ...fourbitPrimitives,
+  ...matmul4bitPrimitives,
   ...int8Primitives,
+  ...igemmPrimitives,
+  ...matmulPrimitives,
+  ...sparsePrimitives,
   ...sumPrimitives,
 } as const satisfies Record<string, Primitive>;
 
