@@ -1,9 +1,10 @@
-// The markdown tables of docs/benchmarks.md about the GPU, from what a bench has measured and from the sm_87 code.
+// The markdown tables of docs/benchmarks.md about the GPU and about products, from what benches have measured and from the sm_87 code.
 //
 //   npm run bench -- --device cuda --peer --json build/bench.json
+//   npm run bench -- --what products --peer --json build/bench-cpu.json
 //   node bench/sass.mjs --json > build/sass.json
-//   node scripts/bench-table.mjs build/bench.json [build/sass.json]            prints them
-//   node scripts/bench-table.mjs build/bench.json [build/sass.json] --write    puts them between their marks in docs/benchmarks.md
+//   node scripts/bench-table.mjs build/bench.json build/sass.json ...            prints them
+//   node scripts/bench-table.mjs build/bench.json build/sass.json ... --write    puts them between their marks in docs/benchmarks.md
 //
 // A section `name` lies between `<!-- table: name -->` and `<!-- end -->`. What the file of a section is not given for stays as it is.
 import { readFileSync, renameSync, writeFileSync } from "node:fs";
@@ -35,7 +36,7 @@ const { values: options, positionals } = parseArgs({
   allowPositionals: true,
   options: { write: { type: "boolean", default: false } },
 });
-if (positionals.length === 0) throw new Error("usage: node scripts/bench-table.mjs BENCH.json [SASS.json] [--write]");
+if (positionals.length === 0) throw new Error("usage: node scripts/bench-table.mjs FILE.json... [--write]");
 
 const percent = (share) => `${(share * 100).toFixed(0)} %`;
 const micro = (value) => `${value.toFixed(value < 10 ? 2 : 1)} µs`;
@@ -44,7 +45,7 @@ const line = (cells) => `| ${cells.join(" | ")} |`;
 const table = (head, rows) => [line(head), `|${"---|".repeat(head.length)}`, ...rows.map(line)].join("\n");
 
 /** Sections of a result of `npm run bench -- --device cuda --json`. */
-function benchSections({ machine, gpu, images, results, launches, peer }) {
+function benchSections({ machine, gpu, images, results, launches, products, peer }) {
   const find = (name, elements) => results.find((r) => r.name === name && r.elements === elements);
   const theirs = (r) => (r.peer === undefined ? undefined : peer?.sizes[r.elements]?.ops[r.peer]);
   const driver = `${Math.floor(gpu.driverVersion / 1000)}.${(gpu.driverVersion % 1000) / 10}`;
@@ -59,6 +60,7 @@ function benchSections({ machine, gpu, images, results, launches, peer }) {
   if (goals) sections.goals = goals;
   const double = doubleTable();
   if (double) sections.double = double;
+  if (products) Object.assign(sections, productSections(products, peer));
   return sections;
 
   function sizeTable(elements) {
@@ -133,6 +135,67 @@ function benchSections({ machine, gpu, images, results, launches, peer }) {
   }
 }
 
+/** Products with the weights of large models, and with SmolLM2's. */
+function productSections({ copyGbytes, results }, peer) {
+  const head = [
+    "weight, rows of activations",
+    "path",
+    "bitsandbytes, µs",
+    "dense, µs",
+    "halfbyte, µs",
+    "to bitsandbytes",
+    "to dense",
+    "its bytes at the copy's speed, µs",
+    "host, µs",
+  ];
+  const of = (own) => {
+    const rows = own.map((r) => {
+      const other = peer?.products?.[r.name];
+      const [theirs, dense] = [other?.bitsandbytes, other?.dense];
+      const times = (time) => (time === undefined ? "-" : `${(time / r.microseconds).toFixed(2)}x`);
+      const floor = (r.bytes / copyGbytes / 1e3).toFixed(1);
+      const shown = (time) => time?.toFixed(1) ?? "-";
+      const cells = [r.name, r.path, shown(theirs), shown(dense), shown(r.microseconds), times(theirs), times(dense)];
+      return [...cells, floor, shown(r.hostMicroseconds)];
+    });
+    const wrong = own.filter((r) => r.wrong !== undefined).map((r) => `WRONG: ${r.name}: ${r.wrong}`);
+    return own.length === 0 ? undefined : [table(head, rows), ...wrong].join("\n");
+  };
+  const small = ({ n, k }) => Math.min(n, k) < SMALLEST_LARGE;
+  return {
+    "cuda-products": of(results.filter((r) => !small(r))),
+    "cuda-products-small": of(results.filter(small)),
+  };
+}
+
+/** The shorter side of the smallest weight of a large model that is measured. */
+const SMALLEST_LARGE = 4096;
+
+/** The section of `npm run bench -- --what products --json` on the cpu: multiply-adds per second. */
+function cpuSections({ machine, products, peerProducts }) {
+  if (products.length === 0) return {};
+  const threads = [...new Set(products.map((r) => r.threads))];
+  const workers = (count) => `${count} worker${count > 1 ? "s" : ""}`;
+  const ours = threads.map((count) => `${workers(count)}, G/s`);
+  const theirs = peerProducts
+    ? threads.map((count) => `bitsandbytes, ${count} thread${count > 1 ? "s" : ""}, G/s`)
+    : [];
+  const rows = [...new Set(products.map((r) => r.name))].map((name) => {
+    const own = threads.map((count) => products.find((r) => r.name === name && r.threads === count));
+    const other = peerProducts
+      ? threads.map((count) => {
+          const time = own[0].peer && peerProducts[count]?.[own[0].peer];
+          return time ? ((own[0].gelem * own[0].milliseconds) / time).toFixed(1) : "-";
+        })
+      : [];
+    const gain = threads.length > 1 ? [`${(own.at(-1).gelem / own[0].gelem).toFixed(2)}x`] : [];
+    return [name, ...own.map((r) => r.gelem.toFixed(1)), ...gain, ...other];
+  });
+  const where = `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; 10^9 multiply-adds per second.`;
+  const head = ["", ...ours, ...(threads.length > 1 ? ["speed-up"] : []), ...theirs];
+  return { "cpu-products": [where, "", table(head, rows)].join("\n") };
+}
+
 const isLaunch = ({ name }) => name.startsWith("launch of ") && name.endsWith(", host");
 const reached = (figure, met) => (met ? figure : `**${figure}**`);
 const added = ([plain, nested]) => [
@@ -183,7 +246,8 @@ function sassSections(rows) {
 const sections = {};
 for (const path of positionals) {
   const found = JSON.parse(readFileSync(path, "utf8"));
-  Object.assign(sections, Array.isArray(found) ? sassSections(found) : benchSections(found));
+  if (Array.isArray(found)) Object.assign(sections, sassSections(found));
+  else Object.assign(sections, found.gpu ? benchSections(found) : cpuSections(found));
 }
 const given = Object.entries(sections).filter(([, text]) => text !== undefined);
 if (options.write) {

@@ -32,6 +32,8 @@ const SANITIZE = "build/test/cuda-sanitize.js";
 const PATIENCE_MS = 120_000;
 /** Processes that may end before their last case; a GPU that fails more often than that is not worth more time. */
 const MOST_DEATHS = 40;
+/** Processes that share the cases of one of the sanitizer's tools. */
+const SANITIZER_SHARDS = 4;
 /** Failures that are printed. */
 const SHOWN = 12;
 
@@ -105,7 +107,7 @@ async function runCases(how) {
   let images = [];
   let from = 0;
   for (let round = 0; ; round++) {
-    const file = join(folder, `cases-${how ? "pipelined" : "alone"}-${round}.jsonl`);
+    const file = join(folder, `cases-${how ? how.slice(2) : "alone"}-${round}.jsonl`);
     const args = [CASES, "--out", file, "--from", String(from), "--filter", options.filter];
     // Progress is in the file, so the program prints nothing while all is well: patience covers all of it.
     const flags = [...(how ? [how] : []), ...(options.rehearse ? ["--rehearse"] : [])];
@@ -205,23 +207,40 @@ async function runSanitizer(date) {
     fail("compute-sanitizer is not installed");
     return [];
   }
-  const results = [];
-  for (const tool of ["memcheck", "racecheck", "initcheck"]) {
-    const started = Date.now();
-    const args = ["--tool", tool, "--error-exitcode", "9", process.execPath, SANITIZE];
-    // Racecheck looks at shared memory only, where no operand can plant anything.
-    if (tool !== "racecheck") {
-      const planted = await run(program, [...args, "--plant", tool], { patience: 5 * PATIENCE_MS });
-      if (planted.code === 0) fail(`compute-sanitizer ${tool} does not see a planted fault`);
-    }
-    const { code, how, output } = await run(program, args, { patience: 5 * PATIENCE_MS });
-    const summary = /(?:ERROR|RACECHECK) SUMMARY: (.*)/.exec(output)?.[1] ?? "no summary";
-    const cases = /^\d+ cases, \d+ failures$/m.exec(output)?.[0] ?? "the program did not end";
-    if (code !== 0) fail(`compute-sanitizer ${tool}: ${how}, ${summary}, ${cases}\n${output.slice(0, 4000)}`);
-    else results.push({ tool, result: `${summary}; ${cases}`, date });
-    console.log(`compute-sanitizer ${tool}: ${summary}; ${cases} (${seconds(started)} s)`);
+  const tools = ["memcheck", "racecheck", "initcheck"];
+  return (await Promise.all(tools.map((tool) => runTool(program, tool, date)))).filter(Boolean);
+}
+
+/** What one tool says of all cases, which several processes share: it is the host that takes the time. */
+async function runTool(program, tool, date) {
+  const started = Date.now();
+  const args = ["--tool", tool, "--error-exitcode", "9", process.execPath, SANITIZE];
+  // Racecheck looks at shared memory only, where no operand can plant anything.
+  if (tool !== "racecheck") {
+    const planted = await run(program, [...args, "--plant", tool], { patience: 5 * PATIENCE_MS });
+    if (planted.code === 0) fail(`compute-sanitizer ${tool} does not see a planted fault`);
   }
-  return results;
+  const shards = await Promise.all(
+    Array.from({ length: SANITIZER_SHARDS }, (_, shard) =>
+      run(program, [...args, "--shard", `${shard}/${SANITIZER_SHARDS}`], { patience: 5 * PATIENCE_MS }),
+    ),
+  );
+  let count = 0;
+  const summaries = new Set();
+  let clean = true;
+  for (const [shard, { code, how, output }] of shards.entries()) {
+    const summary = /(?:ERROR|RACECHECK) SUMMARY: (.*)/.exec(output)?.[1] ?? "no summary";
+    const cases = /^(\d+) cases, \d+ failures$/m.exec(output);
+    count += Number(cases?.[1] ?? 0);
+    summaries.add(summary);
+    if (code === 0) continue;
+    clean = false;
+    const words = cases?.[0] ?? "the program did not end";
+    fail(`compute-sanitizer ${tool}, shard ${shard}: ${how}, ${summary}, ${words}\n${output.slice(0, 4000)}`);
+  }
+  const result = `${[...summaries].join(", ")}; ${count} cases, ${clean ? "0 failures" : "failures"}`;
+  console.log(`compute-sanitizer ${tool}: ${result} (${seconds(started)} s)`);
+  return clean ? { tool, result, date } : undefined;
 }
 
 const all = !options.cases && !options["bad-days"];
@@ -236,6 +255,8 @@ if (all || options.cases) {
     const first = ran.hashes.get(id);
     if (first !== undefined && first !== hash) fail(`${id}: other bits when many cases run together`);
   }
+  // Dense products of a library stand in for our own kernels, which other machines need.
+  await runCases("--own");
 }
 const tests = options["bad-days"] || (all && !options.rehearse) ? await runBadDays() : {};
 let sanitizer = options.sanitize ? await runSanitizer(date) : [];

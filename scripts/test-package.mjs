@@ -34,7 +34,7 @@ function pack() {
   );
   const kilobytes = (bytes) => `${(bytes / 1024).toFixed(0)} KB`;
   console.log(`${filename}: ${files.length} files, ${kilobytes(size)} packed, ${kilobytes(unpackedSize)} unpacked`);
-  if (unpackedSize > LIMIT_BYTES) throw new Error("the package is larger than 10 MB");
+  if (size > LIMIT_BYTES) throw new Error("the package is larger than 10 MB");
   const paths = files.map(({ path }) => path);
   const stray = paths.find((path) => !EXPECTED.test(path));
   if (stray) throw new Error(`the package contains ${stray}`);
@@ -57,16 +57,19 @@ function install(filename) {
   if (found) throw new Error(`the package has a script ${found}`);
 }
 
-/** The README's first program. */
-function program() {
-  const readme = readFileSync(join(root, "README.md"), "utf8");
-  const text = /```ts\n([\s\S]*?)```/.exec(readme)?.[1];
-  if (!text) throw new Error("README.md has no program");
-  return text;
+/** Pages whose programs a reader may copy. */
+const PAGES = ["README.md", "docs/products.md"];
+
+function programs() {
+  return PAGES.flatMap((page) => {
+    const found = [...readFileSync(join(root, page), "utf8").matchAll(/```ts\n([\s\S]*?)```/g)].map(([, text]) => text);
+    if (found.length === 0) throw new Error(`${page} has no program`);
+    return found;
+  });
 }
 
 /**
- * The command, the program and the addon, by a Node. The addon finds no driver library, which it says by a status of its own:
+ * The command, the programs and the addon, by a Node. The addon finds no driver library, which it says by a status of its own:
  * it was loaded, and dlopen was called.
  */
 function tryOut(what, node) {
@@ -77,8 +80,10 @@ function tryOut(what, node) {
   if (!/no NVIDIA driver/.test(cuda?.detail)) throw new Error(`doctor on cuda: ${JSON.stringify(cuda)}`);
   console.log(`${what}: doctor is well; cuda: ${cuda.detail}`);
 
-  writeFileSync(join(folder, "program.mjs"), program());
-  console.log(node("program.mjs").trimEnd());
+  for (const program of programs()) {
+    writeFileSync(join(folder, "program.mjs"), program);
+    console.log(node("program.mjs").trimEnd());
+  }
 
   writeFileSync(join(folder, "addon.mjs"), ADDON_PROGRAM);
   console.log(`${what}: ${node("addon.mjs").trimEnd()}`);
@@ -99,12 +104,15 @@ console.log(\`the addon for \${process.platform}-\${process.arch} loads (\${name
 `;
 
 function types() {
-  writeFileSync(join(folder, "program.ts"), program());
+  const files = programs().map((program, i) => {
+    writeFileSync(join(folder, `program${i}.ts`), program);
+    return `program${i}.ts`;
+  });
   const tsc = join(root, "node_modules", "typescript", "bin", "tsc");
   const common = ["--strict", "--noEmit", "--target", "es2022", "--module", "nodenext", "--types", "node"];
   const lib = ["--lib", "es2024,esnext.disposable"];
   run("npm", ["install", "--no-audit", "--no-fund", "-D", "@types/node@20"]);
-  for (const check of [["--skipLibCheck"], []]) run(process.execPath, [tsc, ...common, ...lib, ...check, "program.ts"]);
+  for (const check of [["--skipLibCheck"], []]) run(process.execPath, [tsc, ...common, ...lib, ...check, ...files]);
   console.log(`installed ${(statSync(installed("dist/index.js")).size / 1024).toFixed(0)} KB entry; types resolve`);
 }
 

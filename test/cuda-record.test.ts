@@ -7,20 +7,26 @@ import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { kernelFingerprint } from "../scripts/kernel-sources.mjs";
+import type { Case } from "./cases/case.js";
 import { allCases } from "./cases/index.js";
-import { outputsHash, runCase } from "./cases/run.js";
+import { runCase } from "./cases/run.js";
 import {
+  agreesWithRecord,
   type CudaRecord,
   formatRecord,
   groupCases,
+  pendingWords,
   RUN_ON_GPU,
   readRecord,
+  recordedHash,
   recordPath,
   testNames,
   ungroupCases,
 } from "./helpers/cuda-record.js";
 
 const PATH = recordPath();
+const PENDING_WORDS = pendingWords(PATH);
+if (PENDING_WORDS !== undefined) console.log(`skipped: the record of the GPU is behind the kernels: ${PENDING_WORDS}`);
 
 function list(what: string, ids: readonly string[]): string {
   if (ids.length === 0) return "";
@@ -38,17 +44,17 @@ describe("the record of the GPU", () => {
         const hash = recorded.get(c.id);
         recorded.delete(c.id);
         if (hash === undefined) missing.push(c.id);
-        else if (outputsHash(runCase(backend, c, c.inputs())) !== hash) different.push(c.id);
+        else if (!agreesWithRecord(c, hash, () => runCase(backend, c, c.inputs()))) different.push(c.id);
       }
     } finally {
       await backend.close();
     }
     expect.soft(list("cases differ between this cpu and the GPU of the record", different)).toBe("");
-    expect.soft(list("cases were never run on a GPU", missing)).toBe("");
+    if (PENDING_WORDS === undefined) expect.soft(list("cases were never run on a GPU", missing)).toBe("");
     expect.soft(list("recorded cases are no longer in the list", [...recorded.keys()])).toBe("");
   });
 
-  test("the kernels are those that ran on the GPU", () => {
+  test.skipIf(PENDING_WORDS !== undefined)("the kernels are those that ran on the GPU", () => {
     const { fingerprint, gpu, date } = readRecord(PATH);
     const same = kernelFingerprint() === fingerprint;
     expect(
@@ -84,6 +90,21 @@ describe("the record of the GPU", () => {
       ),
     ).toBe("");
   });
+});
+
+test("what is held to a bound is recorded as that, and nothing else is", () => {
+  const exact = { id: "a" } as Case;
+  const bounded = { id: "b", bounded: true } as Case;
+  const [here, there] = [1, 2].map((byte) => ({
+    y: { dtype: "u8" as const, shape: [1], bytes: Uint8Array.of(byte) },
+  }));
+  const agrees = (recorded: Case, now: Case) => agreesWithRecord(now, recordedHash(recorded, there!), () => here!);
+  expect(agreesWithRecord(exact, recordedHash(exact, here!), () => here!)).toBe(true);
+  expect(agrees(exact, exact)).toBe(false);
+  expect(agrees(bounded, bounded)).toBe(true);
+  // The case has changed its mind since: the GPU has to say it again.
+  expect(agrees(bounded, exact)).toBe(false);
+  expect(agrees(exact, bounded)).toBe(false);
 });
 
 test("a record comes back as it was written, in one line per case", () => {

@@ -1,17 +1,20 @@
 /**
  * The case list, but for what is large, for compute-sanitizer, which is some hundred times slower than the GPU:
  *
- *     compute-sanitizer --tool memcheck node build/test/cuda-sanitize.js     (also racecheck, initcheck)
+ *     compute-sanitizer --tool memcheck node build/test/cuda-sanitize.js [--shard 0/4]     (also racecheck, initcheck)
+ *
+ * With --shard only every fourth case, from the first on: several processes then share the list. Dense products run on our own
+ * kernels, not on a library's.
  *
  * Every tensor is an allocation of the driver's own, of just the bytes it needs, so that the tools see the first byte
- * outside. Results are compared with the cpu's as well. Exit 1 when one differs.
+ * outside. Results are compared with the cpu's or the reference as well. Exit 1 when one differs.
  */
 import { CpuBackend } from "#halfbyte/backend/cpu/backend.js";
 import { Arena, CudaStorage } from "#halfbyte/backend/cuda/arena.js";
 import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
 import { DTYPE_ID } from "#halfbyte/core/dtype.js";
 import { allCases } from "./cases/index.js";
-import { compareOutputs, runCase } from "./cases/run.js";
+import { compareOutputs, expectedOn, runCase } from "./cases/run.js";
 
 /** The parts of the arena that exact allocations need. */
 interface Exact {
@@ -58,15 +61,24 @@ async function plant(kind: string): Promise<void> {
   await gpu.close();
 }
 
+function shardOf(args: readonly string[]): [shard: number, shards: number] {
+  const at = args.indexOf("--shard");
+  const [, shard, shards] = /^(\d+)\/(\d+)$/.exec(at < 0 ? "0/1" : (args[at + 1] ?? "")) ?? [];
+  if (shard === undefined || Number(shards) === 0) throw new Error("--shard: expected two numbers, 0/4");
+  return [Number(shard), Number(shards)];
+}
+
 async function runCases(): Promise<void> {
   const cpu = new CpuBackend({ threads: 1 });
-  const gpu = new CudaBackend();
-  const cases = [...allCases()].filter((c) => !c.large);
+  const gpu = new CudaBackend({ blas: false });
+  const [shard, shards] = shardOf(process.argv);
+  const cases = [...allCases()].filter((c) => !c.large).filter((_, i) => i % shards === shard);
   let failures = 0;
   for (const c of cases) {
     try {
       const inputs = c.inputs();
-      const failure = compareOutputs(c, runCase(cpu, c, inputs), runCase(gpu, c, inputs));
+      const expected = expectedOn("cuda", c, inputs, () => runCase(cpu, c, inputs));
+      const failure = compareOutputs(c, expected, runCase(gpu, c, inputs));
       if (failure === undefined) continue;
       failures++;
       console.error(`FAILED ${failure}`);

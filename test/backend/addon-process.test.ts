@@ -24,7 +24,7 @@ const [LOAD, INTERFACE] = ["load", "addon"].map((module) =>
 /** What the programs of the tests below begin with. */
 const PREAMBLE = `
 import { loadAddon, check } from ${LOAD};
-import { BINDING, COMMAND_OPERANDS, COMMAND_WORDS } from ${INTERFACE};
+import { BINDING, BLAS_COMMAND, BLAS_WORDS, COMMAND_OPERANDS, COMMAND_WORDS } from ${INTERFACE};
 const addon = loadAddon(process.env.ADDON_ROOT);
 const must = (name, ...args) => { check(addon, name, addon[name](...args)); return addon.results[0]; };
 const start = () => { must("open", process.env.LIBRARY); must("init"); must("retainContext", 0); };
@@ -41,13 +41,16 @@ const kernel = (name) => must("moduleFunction", must("moduleLoad", Buffer.from("
 /** Every function with whatever comes. */
 const GARBAGE = `
 start();
+must("blasOpen", process.env.LIBRARY, {});
 const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072, -1, 0.5, NaN, Infinity, -Infinity, 2 ** 31,
   2 ** 32, 2 ** 53, 1e300, "", "text", "a\\0b", "x".repeat(5000), Symbol("s"), 10n, {}, [], () => { throw new Error("called"); },
   new Uint8Array(0), new Uint8Array(100), new Float64Array(4), new DataView(new ArrayBuffer(8)), new ArrayBuffer(8),
   new Proxy({}, { set() { throw new Error("set"); } }), Object.freeze({})];
 const stream = must("streamCreate"), event = must("eventCreate", true), host = must("hostAllocate", 64), memory = must("memoryAllocate", 64);
 values.push(stream, event, host, memory, memory + 63);
-let seed = 1, calls = 0, negative = 0;
+// Nobody else has these.
+const hidden = must("streamCreate"), place = must("memoryAllocate", 4096);
+let seed = 1, calls = 0, negative = 0, products = 0;
 const random = (n) => (seed = (seed * 48271) % 2147483647) % n;
 // What would end the world that the rest needs, or block for ever.
 const skip = ["command", "results", "open", "releaseContext"];
@@ -66,6 +69,15 @@ for (let round = 0; round < Number(process.env.ROUNDS ?? 3000); round++) {
   }
   const words = new Uint32Array(addon.command);
   for (let i = 0; i < 6; i++) words[i] = random(3) ? random(2 ** 31) : values[random(20)];
+  const product = new Uint32Array(addon.command, BLAS_COMMAND, 28);
+  for (const [name, at] of Object.entries(BLAS_WORDS)) {
+    product[at] = name === "dtype" ? random(5) : at < BLAS_WORDS.stream ? 1 + random(4) : name === "stream" ? hidden : 0;
+    if (/^(a|b|y|bias)$/.test(name)) [product[at], product[at + 1]] = [place, place / 2 ** 32];
+  }
+  for (let i = random(4); i > 0; i--) product[random(28)] = random(2) ? random(2 ** 31) : values[random(20)];
+  const multiplied = addon.blasMatmul();
+  if (multiplied > 0) throw new Error("multiplied: " + multiplied);
+  if (multiplied === 0) products++;
   const status = addon.launch();
   if (status >= 0) throw new Error("launched garbage: " + status);
 }
@@ -75,7 +87,7 @@ addon.launch();
 must("releaseContext");
 must("retainContext", 0);
 must("memoryFree", must("memoryAllocate", 1));
-say(calls); say(negative); say("still there");`;
+say(calls); say(negative); say("still there"); say(products);`;
 
 /** Contexts come and go while the completion thread reports, waits or has nothing to do. */
 const SOAK = `
@@ -132,10 +144,12 @@ function says(program: string, environment: Record<string, string> = {}): unknow
 
 describe.runIf(built && library !== undefined)("processes", () => {
   test("whatever comes as an argument is a status, and the addon works afterwards", () => {
-    const [calls, negative, still] = says(GARBAGE);
+    const [calls, negative, still, products] = says(GARBAGE);
     expect(calls).toBeGreaterThan(100_000);
     expect(negative).toBeGreaterThan(50_000);
     expect(still).toBe("still there");
+    // Some of it made sense.
+    expect(products).toBeGreaterThan(0);
   });
 
   test("a worker thread is refused, by the loader and by the addon", () => {

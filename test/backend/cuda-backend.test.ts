@@ -9,6 +9,7 @@ import { cudaLayout } from "#halfbyte/backend/cuda/layout.js";
 import { READ_SLOT, READ_SLOTS_INTEGRATED, SMALL_READS } from "#halfbyte/backend/cuda/reads.js";
 import { WRITE_BUFFER, WRITE_BUFFERS } from "#halfbyte/backend/cuda/staging.js";
 import { availableMemory } from "#halfbyte/backend/system.js";
+import { DTYPE_ID } from "#halfbyte/core/dtype.js";
 import {
   ArgumentError,
   BackendError,
@@ -461,6 +462,7 @@ describe.runIf(HERE)("devices", () => {
         uuid: "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff",
         architecture: 87,
         multiprocessors: 8,
+        sharedBytesPerBlock: 163 * 1024,
         totalBytes: 8 * 2 ** 30,
         integrated: true,
         driverVersion: 13000,
@@ -482,6 +484,47 @@ describe.runIf(HERE)("devices", () => {
       expect(listDevices().map((d) => d.ordinal)).toEqual([0, 1]);
     } finally {
       delete process.env.HALFBYTE_FAKE_CUDA_DEVICES;
+    }
+  });
+
+  test("a 4-bit product falls back where tensor cores or shared memory are missing", async () => {
+    const { addon } = openDriver(LIBRARY);
+    const find = addon.moduleFunction;
+    const names: string[] = [];
+    Object.assign(addon, {
+      moduleFunction: (module: number, name: string) => {
+        names.push(name);
+        return find.call(addon, module, name);
+      },
+    });
+    const launched = async (m: number, splits: number, capability: string, shared: number): Promise<string> => {
+      process.env.HALFBYTE_FAKE_CUDA_CAPABILITY = capability;
+      process.env.HALFBYTE_FAKE_CUDA_SHARED = String(shared);
+      // On an integrated GPU a family warms up first.
+      process.env.HALFBYTE_FAKE_CUDA_INTEGRATED = "0";
+      names.length = 0;
+      const backend = fakeBackend();
+      const memory = at(backend.allocate(1 << 20));
+      const none = { code: null, absmax2: null, offset: null, bias: null, blocksize2: 0 };
+      const sizes = { m, n: 64, k: 64, blocksize: 64, dtype: DTYPE_ID.f16, quantType: 0, splits };
+      const operands = { a: memory, packed: memory, absmax: memory, y: memory, partial: memory };
+      try {
+        backend.launch("matmul4bit", { ...operands, ...none, ...sizes });
+      } finally {
+        await backend.close();
+      }
+      return names.join();
+    };
+    try {
+      expect(await launched(1, 1, "8.7", 163 * 1024)).toBe("matmul4bit_vector_f16_wide_1_4");
+      expect(await launched(64, 2, "8.7", 163 * 1024)).toBe("matmul4bit_tiles_f16_64");
+      expect(await launched(1, 1, "8.6", 99 * 1024)).toBe("matmul4bit_vector_f16_wide_1_4");
+      expect(await launched(64, 2, "8.6", 99 * 1024)).toBe("matmul4bit_plain_f16");
+    } finally {
+      Object.assign(addon, { moduleFunction: find });
+      delete process.env.HALFBYTE_FAKE_CUDA_CAPABILITY;
+      delete process.env.HALFBYTE_FAKE_CUDA_SHARED;
+      delete process.env.HALFBYTE_FAKE_CUDA_INTEGRATED;
     }
   });
 

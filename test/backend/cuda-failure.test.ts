@@ -2,7 +2,7 @@
 import { join } from "node:path";
 import { describe, expect, test } from "vitest";
 import { type CudaDevice, openDriver } from "#halfbyte/backend/cuda/device.js";
-import type { Launch } from "#halfbyte/backend/cuda/kernels.js";
+import type { Launch } from "#halfbyte/backend/cuda/launch.js";
 import { KernelModules } from "#halfbyte/backend/cuda/modules.js";
 import { READ_SLOT, READ_SLOTS_INTEGRATED } from "#halfbyte/backend/cuda/reads.js";
 import type { CudaStream } from "#halfbyte/backend/cuda/stream.js";

@@ -5,7 +5,7 @@ import { nonFiniteStory } from "../helpers/nonfinite.js";
 test("what is reported of non-finite input, and when", () =>
   withBackend({}, async (backend) => {
     const log = await nonFiniteStory(backend);
-    expect(log.slice(0, 33)).toMatchInlineSnapshot(`
+    expect(log.slice(0, 42)).toMatchInlineSnapshot(`
       [
         "fp4, several bad blocks: quantize4bit A block 1093",
         "the read after: fine",
@@ -25,6 +25,14 @@ test("what is reported of non-finite input, and when", () =>
         "bf16: fp4: quantize4bit A block 520",
         "bf16: 8-bit: quantizeBlockwise A block 65",
         "bf16: rows: int8VectorwiseQuant A row 333",
+        "rows with a threshold, which infinity is above: int8VectorwiseQuant A row 1",
+        "rows with a threshold, NaN: int8VectorwiseQuant A row 700",
+        "rows and columns: int8DoubleQuant A row 700",
+        "int8 product: matmul8bit A row 700",
+        "int8 product with a threshold: matmul8bit A row 1",
+        "int8 product of what f16 does not hold: matmul8bit A row 77",
+        "and with a threshold: matmul8bit A row 77",
+        "int8 product of finite numbers: fine",
         "of two launches the first is reported, though its block is later: quantize4bit A block 1093",
         "and only that one: fine",
         "a read of something else meets it: quantize4bit A block 2",
@@ -39,6 +47,7 @@ test("what is reported of non-finite input, and when", () =>
         "allowed: 4-bit: fine",
         "allowed: 8-bit, nested: fine",
         "allowed: rows: fine",
+        "allowed: rows with a threshold: fine",
         "forbidden between two that are allowed: quantize4bit A block 2",
       ]
     `);

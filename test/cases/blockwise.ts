@@ -170,7 +170,7 @@ function dequantizeViewCase(dtype: (typeof FLOATS)[number], lead: number, blocks
       dequantizeBlockwise(A!, undefined, { absmax: absmax!, blocksize, dtype, out: view });
       return { base };
     },
-    expected: (inputs): Record<string, Host> => ({ base: framedHost(c.expected(inputs).y!, behind) }),
+    expected: (inputs, device): Record<string, Host> => ({ base: framedHost(c.expected(inputs, device).y!, behind) }),
   };
 }
 

@@ -3,7 +3,7 @@
  * benches and records iterate the same list. A case's id says everything: `HALFBYTE_CASE=<id> npx vitest run test/ops` runs
  * just that one.
  */
-import type { Backend } from "#halfbyte/core/backend.js";
+import type { Backend, DeviceName } from "#halfbyte/core/backend.js";
 import { DTYPE_BYTES, type DType, type FloatDType } from "#halfbyte/core/dtype.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 import type { PrimitiveName } from "#halfbyte/ops/registry.js";
@@ -17,6 +17,11 @@ export interface Host {
   readonly values: ArrayLike<number>;
   /** Instead of `values`: the bytes as they are, for NaN payloads and for what is too large to go through numbers. */
   readonly bytes?: Uint8Array<ArrayBuffer>;
+  /**
+   * Of what is expected: how far each element may be from `values`, which are in float64 then and rounded to nothing. Where there
+   * is none, every bit counts.
+   */
+  readonly bound?: ArrayLike<number>;
 }
 
 /** What a case is about: a primitive, or what tensors do by themselves. */
@@ -30,12 +35,17 @@ export interface Case {
   readonly lead?: Readonly<Record<string, number>>;
   /** Takes seconds on an emulated machine. */
   readonly large?: boolean;
+  /**
+   * Some of its outputs are held to a bound: each backend sums in an order of its own, so that their bits differ. Those of one
+   * backend do not: not by the number of workers, not from run to run.
+   */
+  readonly bounded?: boolean;
   /** What goes in, the same on every machine. */
   inputs(): Record<string, Host>;
   /** Calls the primitive; everything it returns is compared. */
   run(inputs: Record<string, Tensor>, backend: Backend): Record<string, Tensor>;
-  /** The same from the scalar reference. */
-  expected(inputs: Record<string, Host>): Record<string, Host>;
+  /** The same from the scalar reference; bounds depend on what `device` does. */
+  expected(inputs: Record<string, Host>, device: DeviceName): Record<string, Host>;
 }
 
 /** Lengths round lanes, bytes, blocks and parts (65,536 elements). */
@@ -186,6 +196,29 @@ export function framed<D extends DType>(
   const base = Tensor.allocate(backend, dtype, [lead + n + TAIL]);
   backend.write(base.storage, 0, new Uint8Array(base.byteLength).fill(FRAME_BYTE));
   return { view: base.slice(lead, lead + n).reshape(shape), base };
+}
+
+/** `framed` for what is held to a bound: the bytes round the result are outputs of their own. */
+export function framedParts<D extends DType>(
+  backend: Backend,
+  dtype: D,
+  shape: readonly number[],
+  lead: number,
+): { view: Tensor<D>; before: Tensor<D>; behind: Tensor<D> } {
+  const { view, base } = framed(backend, dtype, shape, lead);
+  const end = lead + view.size;
+  return { view, before: base.slice(0, lead), behind: base.slice(end, end + TAIL) };
+}
+
+/** What `before` and `behind` of `framedParts` are afterwards. */
+export function framedPartsHost(dtype: DType, lead: number): { before: Host; behind: Host } {
+  const known = (n: number): Host => ({
+    dtype,
+    shape: [n],
+    values: [],
+    bytes: new Uint8Array(n * DTYPE_BYTES[dtype]).fill(FRAME_BYTE),
+  });
+  return { before: known(lead), behind: known(TAIL) };
 }
 
 /** What the `base` of `framed` is afterwards. */

@@ -201,7 +201,7 @@ function dequantizeViewCase(type: Type, dtype: (typeof FLOATS)[number], lead: nu
       dequantize4bit(packed!, state, { out: view });
       return { base };
     },
-    expected: (inputs): Record<string, Host> => ({ base: framedHost(c.expected(inputs).y!, behind) }),
+    expected: (inputs, device): Record<string, Host> => ({ base: framedHost(c.expected(inputs, device).y!, behind) }),
   };
 }
 

@@ -3,8 +3,12 @@ import type { Case } from "./case.js";
 import { codebookCases } from "./codebooks.js";
 import { convertCases } from "./convert.js";
 import { fourbitCases } from "./fourbit.js";
+import { igemmCases } from "./igemm.js";
 import { int8Cases } from "./int8.js";
+import { matmulCases } from "./matmul.js";
+import { matmul4bitCases } from "./matmul4bit.js";
 import { memoryCases } from "./memory.js";
+import { sparseCases } from "./sparse.js";
 import { sumCases } from "./sum.js";
 
 /** All cases by family: those of the registry, and what tensors do by themselves (`memory`, `convert`). */
@@ -13,8 +17,12 @@ export const CASES: Readonly<Record<string, () => Iterable<Case>>> = {
   codebooks: codebookCases,
   convert: convertCases,
   fourbit: fourbitCases,
+  igemm: igemmCases,
   int8: int8Cases,
+  matmul: matmulCases,
+  matmul4bit: matmul4bitCases,
   memory: memoryCases,
+  sparse: sparseCases,
   sum: sumCases,
 };
 

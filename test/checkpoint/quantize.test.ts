@@ -13,7 +13,8 @@ import { makeTinyModel } from "../../scripts/make-tiny-model.mjs";
 import { listing } from "../helpers/cli.js";
 import { f32Tensor, LLAMA, readModel, type TestTensor, writeModel } from "../helpers/model-folder.js";
 import { normals } from "../helpers/random.js";
-import { encode, int8VectorwiseQuant, mean, quantize4bit, quantizeBlockwise, round } from "../helpers/scalar.js";
+import { encode, mean, quantize4bit, quantizeBlockwise, round } from "../helpers/scalar.js";
+import { int8VectorwiseQuant } from "../helpers/scalar-int8.js";
 
 const folder = mkdtempSync(join(tmpdir(), "halfbyte-quantize-"));
 afterAll(async () => {

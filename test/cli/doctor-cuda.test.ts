@@ -32,6 +32,7 @@ const ORIN: CudaDevice = {
   uuid: "0".repeat(32),
   architecture: 87,
   multiprocessors: 8,
+  sharedBytesPerBlock: 166_912,
   totalBytes: 7620 * 2 ** 20,
   integrated: true,
   driverVersion: 12060,

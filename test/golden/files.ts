@@ -4,7 +4,7 @@ import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { fileURLToPath } from "node:url";
 
-/** Results of bitsandbytes' CUDA kernels. */
+/** Results of bitsandbytes' CUDA kernels; those of products are a part that scripts/fixtures/cut-golden.mjs has cut out. */
 export const REAL_DIR = fileURLToPath(new URL("data/", import.meta.url));
 export const REAL_FILE = "blockwise.safetensors";
 
@@ -25,8 +25,8 @@ export interface Editable {
   data: Uint8Array;
 }
 
-export async function loadReal(): Promise<Editable> {
-  const file = await readFile(join(REAL_DIR, REAL_FILE));
+export async function loadReal(name = REAL_FILE): Promise<Editable> {
+  const file = await readFile(join(REAL_DIR, name));
   const length = Number(file.readBigUInt64LE(0));
   const { __metadata__: metadata, ...entries } = JSON.parse(file.toString("utf8", 8, 8 + length));
   return { metadata, cases: JSON.parse(metadata.cases), entries, data: new Uint8Array(file.subarray(8 + length)) };

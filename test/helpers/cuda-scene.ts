@@ -25,6 +25,7 @@ export const FAKE_ORIN: CudaDevice = {
   uuid: "0".repeat(32),
   architecture: 87,
   multiprocessors: 8,
+  sharedBytesPerBlock: 166_912,
   totalBytes: 2 ** 33,
   integrated: true,
   driverVersion: 13000,

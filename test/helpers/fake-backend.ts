@@ -34,7 +34,7 @@ export function textImages(text = "any text is a module to the fake driver"): st
 let images: string | undefined;
 export function fakeBackend(options: CudaOptions = {}): CudaBackend {
   images ??= textImages();
-  return new CudaBackend({ library: LIBRARY!, kernels: images, ...options });
+  return new CudaBackend({ library: LIBRARY!, kernels: images, blas: false, ...options });
 }
 
 /** Runs `body` with a backend; afterwards the driver must have got everything back. */

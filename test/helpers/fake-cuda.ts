@@ -4,7 +4,7 @@ import { createHash } from "node:crypto";
 import { existsSync, mkdirSync, readFileSync, renameSync, rmSync } from "node:fs";
 import { join } from "node:path";
 
-const SOURCES = ["fake-cuda.cc", "state.h"].map((file) => join(import.meta.dirname, "fake-cuda", file));
+const SOURCES = ["fake-cuda.cc", "cublas.h", "state.h"].map((file) => join(import.meta.dirname, "fake-cuda", file));
 const FOLDER = join(import.meta.dirname, "../../build/fake-cuda");
 const FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-pthread"];
 
@@ -12,10 +12,12 @@ let said = false;
 
 /**
  * The library's path, built when its source has changed; `undefined`, with the reason printed, where there is no compiler.
- * Use it as `HALFBYTE_CUDA_LIBRARY` or `CudaOptions.library`.
- * @param variant `"old"`: a driver that lacks a function the addon needs
+ * Use it as `HALFBYTE_CUDA_LIBRARY` or `CudaOptions.library`; it is cuBLASLt too, for `HALFBYTE_CUBLASLT` or `CudaOptions.blas`.
+ * @param variant `"old"`: a driver, and a cuBLASLt, that lack a function the addon needs
  */
 export function fakeCuda(variant?: "old"): string | undefined {
+  // A real cuBLASLt beside the fake driver would bring the real one. Tests that want the fake one name it.
+  process.env.HALFBYTE_CUBLASLT ??= "off";
   const flags = variant === "old" ? [...FLAGS, "-DFAKE_CUDA_OLD"] : FLAGS;
   const hash = createHash("sha256").update([...flags, process.arch].join(" "));
   for (const source of SOURCES) hash.update(readFileSync(source));

@@ -7,7 +7,8 @@ import { NonFiniteError } from "#halfbyte/core/errors.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 import { quantizeBlockwise } from "#halfbyte/ops/blockwise.js";
 import { quantize4bit } from "#halfbyte/ops/fourbit.js";
-import { int8VectorwiseQuant } from "#halfbyte/ops/int8.js";
+import { matmul8bit } from "#halfbyte/ops/igemm.js";
+import { int8DoubleQuant, int8VectorwiseQuant } from "#halfbyte/ops/int8.js";
 import { normals, random } from "./random.js";
 
 const { NaN: NAN, POSITIVE_INFINITY: INF } = Number;
@@ -50,6 +51,21 @@ export async function nonFiniteStory(backend: Backend): Promise<string[]> {
     return own(q);
   };
 
+  const thresholded = (x: Tensor, shape: [number, number], allowNonFinite = false): Tensor => {
+    const results = int8VectorwiseQuant(own(x.reshape(shape)), { threshold: 6, allowNonFinite });
+    for (const result of results) if (result) own(result);
+    return results[0];
+  };
+  const twice = (x: Tensor, shape: [number, number]): Tensor => {
+    const results = int8DoubleQuant(own(x.reshape(shape)));
+    for (const result of results) if (result) own(result);
+    return results[1];
+  };
+  const weight = own(Tensor.allocate(backend, "i8", [8, 100])).copyFrom(new Int8Array(800).fill(3));
+  const scales = own(Tensor.allocate(backend, "f32", [8])).copyFrom(new Float32Array(8).fill(2));
+  const product = (x: Tensor, threshold: number): Tensor =>
+    own(matmul8bit(own(x.reshape([x.size / 100, 100])), weight, scales, { threshold }));
+
   const good = input(100_000, {});
   const late = input(100_000, { 70000: NAN, 70001: INF, 90000: -INF });
   const early = input(100_000, { 130: INF });
@@ -74,6 +90,16 @@ export async function nonFiniteStory(backend: Backend): Promise<string[]> {
     await tell(`${dtype}: 8-bit`, () => eight(half, { blocksize: 512 }).data());
     await tell(`${dtype}: rows`, () => rows(half, [500, 100]).data());
   }
+
+  await tell("rows with a threshold, which infinity is above", () => thresholded(early, [1000, 100]).data());
+  await tell("rows with a threshold, NaN", () => thresholded(late, [1000, 100]).data());
+  await tell("rows and columns", () => twice(late, [1000, 100]).data());
+  await tell("int8 product", () => product(late, 0).data());
+  await tell("int8 product with a threshold", () => product(early, 6).data());
+  const half = input(10_000, { 7777: 1e6 });
+  await tell("int8 product of what f16 does not hold", () => product(half, 0).data());
+  await tell("and with a threshold", () => product(half, 6).data());
+  await tell("int8 product of finite numbers", () => product(good, 6).data());
 
   const first = four(late);
   eight(early, { blocksize: 64 });
@@ -102,6 +128,7 @@ export async function nonFiniteStory(backend: Backend): Promise<string[]> {
   await tell("allowed: 4-bit", () => four(late, { allowNonFinite: true }).data());
   await tell("allowed: 8-bit, nested", () => eight(late, { allowNonFinite: true, nested: true }).data());
   await tell("allowed: rows", () => rows(late, [10, 10_000], true).data());
+  await tell("allowed: rows with a threshold", () => thresholded(late, [10, 10_000], true).data());
   four(late, { allowNonFinite: true });
   four(early);
   four(early, { allowNonFinite: true });

@@ -27,7 +27,7 @@ export function runCases(family: string): void {
           const failures: string[] = [];
           for (const c of own) {
             const inputs = c.inputs();
-            const failure = compareOutputs(c, expectedOutputs(c, inputs), runCase(backend, c, inputs));
+            const failure = compareOutputs(c, expectedOutputs(c, inputs, device), runCase(backend, c, inputs));
             if (failure) failures.push(failure);
             expect(liveTensors(backend), `tensors left by ${c.id}`).toBe(0);
           }

@@ -180,28 +180,30 @@ export function dequantize4bit(
   });
 }
 
+/** `dequantize4bit` by the 16 values of each block: for the weights of products. */
+export function weights4bit(
+  packed: Uint8Array,
+  absmax: ArrayLike<number>,
+  n: number,
+  values: ArrayLike<number>,
+  blocksize: number,
+  dtype: FloatDType,
+): Float64Array {
+  const weights = new Float64Array(n);
+  for (let begin = 0; begin < n; begin += blocksize) {
+    const scale = absmax[begin / blocksize]!;
+    const decoded = Array.from(values, (value) => round(dtype, f32(value * scale)));
+    const end = Math.min(n, begin + blocksize);
+    for (let i = begin; i < end; i++) weights[i] = decoded[i % 2 ? packed[i >> 1]! & 15 : packed[i >> 1]! >> 4]!;
+  }
+  return weights;
+}
+
 /** Half to even. */
 export function rint(x: number): number {
   const floor = Math.floor(x);
   const rest = x - floor;
   return rest > 0.5 || (rest === 0.5 && floor % 2 !== 0) ? floor + 1 : floor;
-}
-
-export function int8VectorwiseQuant(x: ArrayLike<number>, rows: number, cols: number) {
-  const q = new Int8Array(rows * cols);
-  const scale = new Float32Array(rows);
-  for (let r = 0; r < rows; r++) {
-    let max = 0;
-    for (let c = 0; c < cols; c++) if (Math.abs(x[r * cols + c]!) > max) max = Math.abs(x[r * cols + c]!);
-    scale[r] = max;
-    const up = max < 1e-30 ? 2 ** 64 : 1;
-    const inverse = f32(127 * f32(1 / (max * up)));
-    for (let c = 0; c < cols; c++) {
-      const v = f32(x[r * cols + c]! * up * inverse);
-      q[r * cols + c] = max === 0 || Number.isNaN(v) ? 0 : rint(v);
-    }
-  }
-  return { q, scale };
 }
 
 /** One level of the summation tree of docs/architecture.md. */

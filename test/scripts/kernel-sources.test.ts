@@ -4,7 +4,7 @@ import { cpSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } f
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { afterEach, beforeEach, describe, expect, test } from "vitest";
-import { COMPILE_OPTIONS, kernelFingerprint, kernelSources, ROOT } from "../../scripts/kernel-sources.mjs";
+import { COMPILE_OPTIONS, GEOMETRY, kernelFingerprint, kernelSources, ROOT } from "../../scripts/kernel-sources.mjs";
 import { tokens } from "../../scripts/lex.mjs";
 
 const cpp = (text: string): string[] => tokens(text, "cpp");
@@ -120,7 +120,6 @@ describe("fingerprint", () => {
   const KERNEL = "csrc/kernels/a.cu";
   const HEADER = "csrc/kernels/common.cuh";
   const GENERATED = "csrc/kernels/generated/constants.cuh";
-  const GEOMETRY = ["src/backend/cuda/kernels.ts", "src/backend/cuda/layout.ts"];
 
   beforeEach(() => {
     root = mkdtempSync(join(tmpdir(), "halfbyte-sources-"));

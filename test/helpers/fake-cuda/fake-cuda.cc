@@ -7,13 +7,17 @@
 //   INIT=segv | abort | hang | STATUS   what cuInit does; 34, as the toolkit's stub does, cuDriverGetVersion too
 //   VERSION=13000                       cuDriverGetVersion
 //   DEVICES=1                           0: cuInit returns CUDA_ERROR_NO_DEVICE
-//   CAPABILITY=8.7  INTEGRATED=1  MULTIPROCESSORS=8  NAME=Fake Orin  MANAGED=0  POOLS=1
+//   CAPABILITY=8.7  SHARED=166912  INTEGRATED=1  MULTIPROCESSORS=8  NAME=Fake Orin  MANAGED=0  POOLS=1
 //   MEMORY=8589934592                   bytes of device memory; more is CUDA_ERROR_OUT_OF_MEMORY
 //   HOST_MEMORY=8589934592              the same of page-locked memory
 //   DELAY_MS=0                          what each launch, copy and fill takes
 //   MODULE=STATUS                       cuModuleLoadDataEx fails so (209: no code for the GPU), with a compiler log
 //   LAUNCH=STATUS                       cuLaunchKernel fails so at once
 //   FAULT_AT=N                          the Nth launch of the process runs into an illegal address (700), which sticks
+//   BLAS_VERSION=12.6.4                 cublasLtGetProperty; the library is cuBLASLt as well
+//   BLAS_FAIL=cublasLtMatmul=13         that function fails so
+//   BLAS_FOUND=none                     no algorithm for any product
+//   BLAS_WORKSPACE=0                    bytes that its algorithms need
 //   REPORT=FILE                         gets a line "allocations=0 hosts=0 streams=0 events=0 modules=0" whenever the
 //                                       context goes: what was still alive
 //
@@ -22,11 +26,12 @@
 //   fake_store { u64 address; u32 value; u32 words }   stores words
 //   fake_sleep { u32 milliseconds }
 //   fake_fault { }                                     an illegal address, which sticks
-// Compiled with -DFAKE_CUDA_OLD it lacks cuEventElapsedTime.
+// Compiled with -DFAKE_CUDA_OLD it lacks cuEventElapsedTime and cublasLtMatmulPreferenceSetAttribute.
 #include <unistd.h>
 
 #include <csignal>
 
+#include "cublas.h"
 #include "state.h"
 
 #define CUDA extern "C" __attribute__((visibility("default"))) Result
@@ -106,6 +111,9 @@ CUDA cuDeviceGetAttribute(int* value, int attribute, int) {
       break;
     case 89:
       *value = static_cast<int>(number("MANAGED", 0));
+      break;
+    case 97:  // shared memory of a block
+      *value = static_cast<int>(number("SHARED", 163 * 1024));
       break;
     case 115:
       *value = static_cast<int>(number("POOLS", 1));

@@ -82,6 +82,8 @@ struct Driver {
   int retained = 0;
   Result fault = kOk;
   uint64_t launches = 0;
+  // Live objects of cublas.h.
+  int blasObjects = 0;
   uint64_t used = 0, hostUsed = 0;
   std::map<Address, uint64_t> memory;
   std::map<char*, uint64_t> hosts;
@@ -209,6 +211,7 @@ void report() {
 
 void endContext(std::unique_lock<std::mutex>& lock) {
   report();
+  if (driver.blasObjects) die("objects of cuBLASLt outlived the context");
   while (!driver.streams.empty()) endStream(lock, *driver.streams.begin());
   for (auto* event : driver.events) delete event;
   for (auto* function : driver.functions) delete function;
