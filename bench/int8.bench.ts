@@ -1,8 +1,11 @@
 import { DTYPE_BYTES } from "#halfbyte/core/dtype.js";
-import { int8VectorwiseDequant, int8VectorwiseQuant } from "#halfbyte/ops/int8.js";
+import type { Tensor } from "#halfbyte/core/tensor.js";
+import { int8DoubleQuant, int8VectorwiseDequant, int8VectorwiseQuant } from "#halfbyte/ops/int8.js";
 import { type Bench, operand, outputs, type Work } from "./harness.js";
 
 const COLS = 4096;
+/** Rows of the input hold some magnitudes above it. */
+const THRESHOLD = 0.09;
 const shape = ({ elements }: Work): [number, number] => [elements / COLS, COLS];
 
 export function int8Benches(elements: number): Bench[] {
@@ -16,12 +19,15 @@ export function int8Benches(elements: number): Bench[] {
       peer: `int8_vectorwise_quant_${dtype}`,
       setup(backend, work) {
         const A = operand(backend, dtype, work).reshape(shape(work));
-        const quantize = () => int8VectorwiseQuant(A).slice(0, 2);
+        const quantize = (): Tensor[] => {
+          const [q, scale] = int8VectorwiseQuant(A);
+          return [q, scale];
+        };
         return {
           run: () => {
-            for (const t of quantize()) t?.dispose();
+            for (const t of quantize()) t.dispose();
           },
-          outputs: () => quantize().map((t) => t!),
+          outputs: quantize,
         };
       },
     });
@@ -36,5 +42,35 @@ export function int8Benches(elements: number): Bench[] {
       },
     });
   }
+  const rowsAndBytes = elements * 3 + (elements / COLS) * 4;
+  benches.push({
+    name: `quantize int8 rows of ${COLS} f16, outliers in every row`,
+    elements,
+    bytes: rowsAndBytes,
+    whole: true,
+    setup(backend, work) {
+      const A = operand(backend, "f16", work).reshape(shape(work));
+      const quantize = (): Tensor[] => {
+        const [q, scale, outliers] = int8VectorwiseQuant(A, { threshold: THRESHOLD });
+        outliers?.dispose();
+        return [q, scale];
+      };
+      return { run: () => quantize().forEach((t) => void t.dispose()), outputs: quantize };
+    },
+  });
+  benches.push({
+    name: `quantize int8 rows of ${COLS} and columns f16`,
+    elements,
+    bytes: rowsAndBytes + elements * 5,
+    whole: true,
+    setup(backend, work) {
+      const A = operand(backend, "f16", work).reshape(shape(work));
+      const quantize = (): Tensor[] => {
+        const [rowCodes, columnCodes, rowStats, columnStats] = int8DoubleQuant(A);
+        return [rowCodes, columnCodes, rowStats, columnStats];
+      };
+      return { run: () => quantize().forEach((t) => void t.dispose()), outputs: quantize };
+    },
+  });
   return benches;
 }

@@ -1,26 +1,39 @@
 """bitsandbytes' CUDA kernels, and what torch has for the rest, by CUDA events: microseconds by operation, as JSON.
 
-Usage: python bench/peer_cuda.py ELEMENTS...
+Usage: python bench/peer_cuda.py ELEMENTS... [--products JSON]
 
 The library's own functions are called, into memory that is there already, back to back behind a kernel that sleeps while they are
-enqueued: the time is the GPU's, without what Python costs. Operations made of several (double quantization) go through
-bitsandbytes.functional. The lower quartile of the rounds, as in halfbyte's benches.
+enqueued: the time is the GPU's, without what Python costs. Operations made of several (double quantization) and products go
+through bitsandbytes' Python functions. The lower quartile of the rounds, as in halfbyte's benches.
+
+Products are a list of {"name", "kind", "m", "n", "k", "threshold"}: each by bitsandbytes' `matmul_4bit` or `matmul`, and densely by
+torch with the weight in the activations' dtype (cuBLASLt). With outlier columns bitsandbytes waits for the GPU in every
+call, so that its time is the host's as well, however it is measured.
 """
+import argparse
 import json
-import sys
+import logging
+import time
 
 import torch
 import bitsandbytes
 import bitsandbytes.functional as F
+from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.cextension import lib
 
+logging.disable(logging.WARNING)
 DTYPES = {"f32": ("fp32", torch.float32), "f16": ("fp16", torch.float16), "bf16": ("bf16", torch.bfloat16)}
 ROUNDS = 15
 # The bitsandbytes library launches its quantizers on the default stream.
 STREAM = torch._C._cuda_getCurrentRawStream(0)
 
 
-def typical(run):
+# Cycles of the sleeping kernel for a second: GPUs run at up to 2 GHz.
+CYCLES = 2_000_000_000
+
+
+def typical(run, ahead=True):
+    """Microseconds of the GPU; without `ahead` of a GPU that waits for the host."""
     for _ in range(5):
         run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -30,9 +43,15 @@ def typical(run):
     end.record()
     end.synchronize()
     count = max(3, min(60, int(4 / (start.elapsed_time(end) / 5)) + 1))
+    began = time.perf_counter()
+    for _ in range(count):
+        run()
+    enqueued = time.perf_counter() - began
+    torch.cuda.synchronize()
     times = []
     for _ in range(ROUNDS):
-        torch.cuda._sleep(6_000_000)
+        if ahead:
+            torch.cuda._sleep(max(6_000_000, int(1.5 * enqueued * CYCLES)))
         start.record()
         for _ in range(count):
             run()
@@ -94,5 +113,34 @@ def measure(n):
     return {"copy": copy, "ops": ops}
 
 
-versions = f"bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__} (conversions and the mean), {torch.cuda.get_device_name(0)}"
-print(json.dumps({"versions": versions, "sizes": {n: measure(int(n)) for n in sys.argv[1:]}}))
+def product(kind, m, n, k, threshold=0.0, **_):
+    torch.manual_seed(1)
+    dtype = torch.float16 if kind == "int8" else torch.bfloat16
+    x = torch.randn(m, k, device="cuda", dtype=dtype)
+    weight = torch.randn(n, k, device="cuda", dtype=dtype) * 0.05
+    dense = lambda: torch.nn.functional.linear(x, weight)
+    if kind == "int8":
+        # As many outliers as in halfbyte's bench; dense and threshold 0 see them too.
+        x[:, 7::512] *= 20
+        codes, scale, _ = F.int8_vectorwise_quant(weight)
+        state = MatmulLtState()
+        state.CB, state.SCB = codes, scale
+        state.has_fp16_weights, state.is_training, state.threshold = False, False, threshold
+        run = lambda: bitsandbytes.matmul(x, codes, state=state)
+    else:
+        packed, state = F.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=kind == "nf4 double")
+        run = lambda: bitsandbytes.matmul_4bit(x, packed.t(), state)
+    with torch.no_grad():
+        error = (run().float() - dense().float()).norm() / dense().float().norm()
+        assert error < 0.3, f"{kind} {m} {n} {k}: error {error}"
+        return {"bitsandbytes": typical(run), "bitsandbytesLaunched": typical(run, ahead=False), "dense": typical(dense)}
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("elements", nargs="*")
+parser.add_argument("--products", default="[]")
+args = parser.parse_args()
+versions = f"bitsandbytes {bitsandbytes.__version__}, torch {torch.__version__} (conversions, the mean, dense products), {torch.cuda.get_device_name(0)}"
+sizes = {n: measure(int(n)) for n in args.elements}
+products = {one["name"]: product(**{key: value for key, value in one.items() if key != "name"}) for one in json.loads(args.products)}
+print(json.dumps({"versions": versions, "sizes": sizes, "products": products}))
