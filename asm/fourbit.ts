@@ -50,14 +50,8 @@ import {
   store1,
   toFiniteHalves,
 } from "./kernel";
+import { Fp4, highBytes, isNf4, lowBytes, Nf4 } from "./nibbles";
 import { fault } from "./stream";
-
-// The 4-bit type as a compile-time switch.
-type Nf4 = u8;
-type Fp4 = u16;
-function isNf4<Type>(): bool {
-  return sizeof<Type>() == sizeof<Nf4>();
-}
 
 /** packed = codes of x / absmax(block). Unit: block. */
 export function quantize4bit(op: usize, begin: u32, end: u32): void {
@@ -201,10 +195,10 @@ function quantizeFast<T, Type>(x: usize, packed: usize, absmax: usize, blocks: u
       const lowCD = entriesLow<Type>(binsCD);
       const highAB = entriesHigh<Type>(binsAB);
       const highCD = entriesHigh<Type>(binsCD);
-      a = i16x8.add(a, interleaveLow(lowAB, highAB));
-      b = i16x8.add(b, interleaveHigh(lowAB, highAB));
-      c = i16x8.add(c, interleaveLow(lowCD, highCD));
-      d = i16x8.add(d, interleaveHigh(lowCD, highCD));
+      a = i16x8.add(a, lowBytes(lowAB, highAB));
+      b = i16x8.add(b, highBytes(lowAB, highAB));
+      c = i16x8.add(c, lowBytes(lowCD, highCD));
+      d = i16x8.add(d, highBytes(lowCD, highCD));
       if (!isNf4<Type>()) {
         a = v128.or(a, signs8(s0, s1, least));
         b = v128.or(b, signs8(s2, s3, least));
@@ -226,14 +220,6 @@ function quantizeFast<T, Type>(x: usize, packed: usize, absmax: usize, blocks: u
     } while (packed < end);
     absmax += 4;
   } while (absmax < lastBlock);
-}
-
-function interleaveLow(a: v128, b: v128): v128 {
-  return i8x16.shuffle(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-
-function interleaveHigh(a: v128, b: v128): v128 {
-  return i8x16.shuffle(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
 /** Two ranks a byte to two codes a byte. NF4's ranks are its codes. */
@@ -365,16 +351,16 @@ function decodeHalves<T>(packed: usize, y: usize, n: u32, scale: v128, values: u
     const bytes = v128.load(packed);
     const odd = v128.and(bytes, nibble);
     const even = v128.and(i16x8.shr_u(bytes, 4), nibble);
-    const first = interleaveLow(even, odd);
-    const second = interleaveHigh(even, odd);
+    const first = lowBytes(even, odd);
+    const second = highBytes(even, odd);
     const firstLow = i8x16.swizzle(low, first);
     const firstHigh = i8x16.swizzle(high, first);
     const secondLow = i8x16.swizzle(low, second);
     const secondHigh = i8x16.swizzle(high, second);
-    v128.store(y, interleaveLow(firstLow, firstHigh));
-    v128.store(y, interleaveHigh(firstLow, firstHigh), 16);
-    v128.store(y, interleaveLow(secondLow, secondHigh), 32);
-    v128.store(y, interleaveHigh(secondLow, secondHigh), 48);
+    v128.store(y, lowBytes(firstLow, firstHigh));
+    v128.store(y, highBytes(firstLow, firstHigh), 16);
+    v128.store(y, lowBytes(secondLow, secondHigh), 32);
+    v128.store(y, highBytes(secondLow, secondHigh), 48);
     packed += 16;
     y += 64;
   } while (packed < end);
