@@ -57,7 +57,7 @@ function plannedEntries(old) {
       const plan = planOf(kernel, operands);
       if (plan === undefined || plan === "driver") continue;
       const family = KERNEL_FAMILY[kernel];
-      const { entry } = (old && plan.fallback) || plan;
+      const { entry } = (old && plan.fallback?.()) || plan;
       entries.set(family, (entries.get(family) ?? new Set()).add(entry));
     }
   }

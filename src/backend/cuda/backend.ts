@@ -195,7 +195,8 @@ export class CudaBackend implements Backend {
     const plan: Plan<K> = CUDA_KERNELS[kernel];
     let launch = plan(operands);
     if (launch === undefined) return;
-    if (launch !== "driver" && launch.fallback && this.lacks(launch)) launch = launch.fallback;
+    if (launch !== "driver" && launch.fallback && this.lacks(launch)) launch = launch.fallback();
+    if (launch === undefined) return;
     if (this.reads.pinning) this.settleOutputs(packing, values);
     // Before the operands are packed: loading a family may launch its warm-up.
     const entry = launch === "driver" ? undefined : this.modules.entry(KERNEL_FAMILY[kernel], launch);

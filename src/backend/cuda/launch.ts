@@ -14,7 +14,7 @@ export interface Launch {
   /** The blocks walk over the work of the whole grid: no more of them are launched than run at once. */
   readonly walks: boolean;
   /** What is launched instead on GPUs older than sm_80, and where a block may not have so much shared memory. */
-  readonly fallback?: Launch | undefined;
+  readonly fallback?: (() => Launch | undefined) | undefined;
 }
 
 /** `undefined`: nothing to do. `"driver"`: the driver's own copy or fill serves. */
@@ -23,11 +23,18 @@ export type Plan<K extends KernelName> = (o: Operands<K>) => Launch | "driver" |
 /** The most blocks of one launch. */
 const MOST_BLOCKS = 2 ** 31 - 1;
 
-export function launch(entry: string, grid: number, block: number, walks = false, shared = 0): Launch | undefined {
+export function launch(
+  entry: string,
+  grid: number,
+  block: number,
+  walks = false,
+  shared = 0,
+  fallback?: () => Launch | undefined,
+): Launch | undefined {
   if (grid === 0) return undefined;
   if (grid > MOST_BLOCKS)
     throw new BackendError("cuda", `${entry}: ${grid} blocks, and a launch has ${MOST_BLOCKS} at most`);
-  return { entry, grid, block, shared, walks };
+  return { entry, grid, block, shared, walks, fallback };
 }
 
 export const dtypeName = (o: { dtype: number }): string => DTYPES[o.dtype]!;

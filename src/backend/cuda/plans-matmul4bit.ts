@@ -71,7 +71,7 @@ function vector(o: Operands<"matmul4bit">, wide: boolean): Launch | undefined {
   const rows = (FRAGMENT_ROWS * G.MATMUL4BIT_VECTOR_THREADS) / WARP / warps;
   const name = `matmul4bit_vector_${dtypeName(o)}_${wide ? "wide" : "narrow"}_${tiles}_${warps}`;
   const shared = G.MATMUL4BIT_SHARED_BASE + TABLE_BYTES;
-  return launch(name, ceilDiv(o.n, rows), G.MATMUL4BIT_VECTOR_THREADS, true, shared);
+  return launch(name, ceilDiv(o.n, rows), G.MATMUL4BIT_VECTOR_THREADS, true, shared, () => plain(o));
 }
 
 function tiles(o: Operands<"matmul4bit">): Launch | undefined {
@@ -81,21 +81,18 @@ function tiles(o: Operands<"matmul4bit">): Launch | undefined {
   const stages = TABLE_BYTES + groups * G.MATMUL4BIT_TILE_STAGES * most * TILE_CHUNK * 2;
   const sums = groups * rows * most * Float32Array.BYTES_PER_ELEMENT;
   const shared = G.MATMUL4BIT_SHARED_BASE + Math.max(stages, sums);
-  return launch(`matmul4bit_tiles_${dtypeName(o)}_${most}`, ceilDiv(o.n, rows) * o.splits, threads, false, shared);
+  const name = `matmul4bit_tiles_${dtypeName(o)}_${most}`;
+  return launch(name, ceilDiv(o.n, rows) * o.splits, threads, false, shared, () => plain(o));
 }
 
 export const MATMUL4BIT_PLANS: { readonly [K in Names & KernelName]: Plan<K> } = {
   matmul4bit: (o) => {
     if (o.m === 0 || o.n === 0) return undefined;
     const shape = shapeOf(o);
+    if (!isRegular(shape) || o.m > MOST_TILE_ROWS) return plain(o);
     const wide = hasWideBlocks(shape);
-    const fallback = plain(o);
-    let plan = fallback;
-    if (isRegular(shape) && o.m <= MOST_TILE_ROWS) {
-      if (o.splits === 1 && o.m <= (wide ? MOST_VECTOR_ROWS : MOST_VECTOR_ROWS / 2)) plan = vector(o, wide);
-      else if (o.code === null) plan = tiles(o);
-    }
-    return plan && { ...plan, fallback };
+    if (o.splits === 1 && o.m <= (wide ? MOST_VECTOR_ROWS : MOST_VECTOR_ROWS / 2)) return vector(o, wide);
+    return o.code === null ? tiles(o) : plain(o);
   },
   matmul4bitTransposed: unsupported("matmul4bitTransposed", DECODED),
   quantizeActivations: unsupported("quantizeActivations", INTEGERS),
