@@ -141,7 +141,7 @@ function quantizeExactly<T>(x: usize, q: usize, begin: u32, end: u32, r: f32, co
 }
 
 /** Whole blocks, 16 elements at a time. `Shift`: x - offset is quantized. `Flush`: denormals may matter. */
-function quantizeFast<T, Shift, Flush>(
+export function quantizeFast<T, Shift, Flush>(
   x: usize,
   q: usize,
   absmax: usize,
@@ -230,7 +230,7 @@ function dequantizeBlocks<T>(op: usize, begin: u32, end: u32): void {
   }
 }
 
-function dequantizeFast<T, Shift>(q: usize, y: usize, n: u32, code: usize, absmax: f32, offset: f32): void {
+export function dequantizeFast<T, Shift>(q: usize, y: usize, n: u32, code: usize, absmax: f32, offset: f32): void {
   const scale = f32x4.splat(absmax);
   const shift = f32x4.splat(offset);
   const end = q + n;

@@ -99,8 +99,18 @@ function toBf16(a: v128, b: v128): v128 {
 }
 
 /** Eight f32 to the bits of a half type. */
-function toHalves<T>(a: v128, b: v128): v128 {
+export function toHalves<T>(a: v128, b: v128): v128 {
   return isF16<T>() ? toF16(a, b) : toBf16(a, b);
+}
+
+/** The lower four halves of a vector as f32. */
+export function lowHalves<T>(h: v128): v128 {
+  return isF16<T>() ? fromF16(i32x4.extend_low_i16x8_s(h)) : i32x4.shl(i32x4.extend_low_i16x8_u(h), 16);
+}
+
+/** The upper four. */
+export function highHalves<T>(h: v128): v128 {
+  return isF16<T>() ? fromF16(i32x4.extend_high_i16x8_s(h)) : i32x4.shl(i32x4.extend_high_i16x8_u(h), 16);
 }
 
 /** `toHalves` where |x| <= maxFinite<T>() is known. */
@@ -111,7 +121,7 @@ export function toFiniteHalves<T>(a: v128, b: v128): v128 {
 }
 
 /** f32 with its one NaN. */
-function oneNaN(v: v128): v128 {
+export function oneNaN(v: v128): v128 {
   return v128.bitselect(v, i32x4.splat(NAN), f32x4.eq(v, v));
 }
 

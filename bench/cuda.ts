@@ -11,6 +11,7 @@ import { tidy } from "#halfbyte/core/scope.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 import { quantize4bit } from "#halfbyte/ops/fourbit.js";
 import { type Bench, copyBench, lowerQuartile, type Running } from "./harness.js";
+import type { Timed } from "./products.js";
 
 /** Weights of a large model; one of a small model, which stays in the GPU's cache and is bound by launches. */
 export const CUDA_SIZES = [128 * 1024 * 1024, 1024 * 1024];
@@ -21,7 +22,7 @@ const WARM_UP = 5;
 /** GPU time of a round. */
 const ROUND_MS = 4;
 const MOST_LAUNCHES = 60;
-/** Copies of this share of the GPU's memory keep it busy for milliseconds while launches are enqueued. */
+/** Of a GPU's memory. */
 const BUSY_SHARE = 1 / 128;
 
 export interface CudaResult {
@@ -39,8 +40,21 @@ export interface CudaResult {
   readonly wrong?: string;
 }
 
+/** What is measured: a GPU, or what stands in for one. */
+export interface Gpu extends Timed {
+  /** Copies of so many bytes keep it busy for milliseconds while launches are enqueued. */
+  readonly busyBytes: number;
+}
+
+export const gpuOf = (backend: CudaBackend): Gpu => ({
+  backend,
+  elapsed: (body) => backend.elapsed(body),
+  busyBytes: Math.floor(backend.info.totalBytes * BUSY_SHARE),
+});
+
+/** @param elements of the copy that memory is measured by */
 export async function measureCuda(
-  gpu: CudaBackend,
+  gpu: Gpu,
   benches: readonly Bench[],
   elements: number,
   rounds: number,
@@ -53,14 +67,14 @@ export async function measureCuda(
     // Measured before and after the others: what the clocks do in between shows.
     const copyTime = Math.min(times[0]!.microseconds, times.at(-1)!.microseconds);
     const copySpeed = copy.bytes / copyTime;
-    return all.map(({ name, bytes, peer }, i) => {
+    return all.map(({ name, elements: count, bytes, peer }, i) => {
       const { microseconds, launchedMicroseconds, wrong } = times[i]!;
       return {
         name: i === all.length - 1 ? `${name}, again` : name,
-        elements,
+        elements: count,
         microseconds,
         launchedMicroseconds,
-        gelem: elements / microseconds / 1e3,
+        gelem: count / microseconds / 1e3,
         gbytes: bytes / microseconds / 1e3,
         ofCopy: bytes / microseconds / copySpeed,
         ...(peer !== undefined && { peer }),
@@ -74,29 +88,34 @@ export async function measureCuda(
 
 type Times = Pick<CudaResult, "microseconds" | "launchedMicroseconds" | "wrong">;
 
-function measureBench(gpu: CudaBackend, cpu: CpuBackend, bench: Bench, rounds: number): Times {
+function measureBench(
+  { backend, elapsed, busyBytes: bytes }: Gpu,
+  cpu: CpuBackend,
+  bench: Bench,
+  rounds: number,
+): Times {
   return tidy((): Times => {
-    const bytes = Math.floor(gpu.info.totalBytes * BUSY_SHARE);
-    const [source, target] = [Tensor.allocate(gpu, "u8", [bytes]), Tensor.allocate(gpu, "u8", [bytes])];
+    const [source, target] = [Tensor.allocate(backend, "u8", [bytes]), Tensor.allocate(backend, "u8", [bytes])];
     const keepBusy = (): void => {
-      for (let i = 0; i < 3; i++) gpu.launch("copy", { src: source, dst: target, bytes });
+      for (let i = 0; i < 3; i++) backend.launch("copy", { src: source, dst: target, bytes });
     };
-    const running = bench.setup(gpu, { elements: bench.elements, begin: 0 });
+    const running = bench.setup(backend, { elements: bench.elements, begin: 0 });
     const wrong = check(cpu, bench, running);
     const { run } = running;
     const several = (count: number) => (): void => {
       for (let i = 0; i < count; i++) run();
     };
     several(WARM_UP)();
-    const once = gpu.elapsed(several(WARM_UP)) / WARM_UP;
+    const once = elapsed(several(WARM_UP)) / WARM_UP;
     const count = Math.max(3, Math.min(MOST_LAUNCHES, Math.ceil(ROUND_MS / once)));
     const alone: number[] = [];
     const launched: number[] = [];
     for (let round = 0; round < rounds; round++) {
       keepBusy();
-      alone.push((gpu.elapsed(several(count)) * 1000) / count);
-      launched.push((gpu.elapsed(several(count)) * 1000) / count);
+      alone.push((elapsed(several(count)) * 1000) / count);
+      launched.push((elapsed(several(count)) * 1000) / count);
     }
+    running.dispose?.();
     return {
       microseconds: lowerQuartile(alone),
       launchedMicroseconds: lowerQuartile(launched),
@@ -113,7 +132,9 @@ function check(cpu: CpuBackend, bench: Bench, { outputs }: Running): string | un
     return tidy(() => {
       const ours = outputs();
       for (const begin of whole ? [0] : [0, elements - count]) {
-        const theirs = bench.setup(cpu, { elements: count, begin }).outputs();
+        const reference = bench.setup(cpu, { elements: count, begin });
+        const theirs = reference.outputs();
+        reference.dispose?.();
         for (const [i, expected] of theirs.entries()) {
           const all = ours[i]!;
           const from = whole ? 0 : Math.round((all.size / elements) * begin);

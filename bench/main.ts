@@ -1,9 +1,9 @@
 /**
  * `npm run bench`, `npm run bench -- --device cuda`: tables for docs/benchmarks.md.
  *
- *     --device cpu|cuda   --what kernels,products   --filter TEXT   --rounds N   --json FILE (as well)
+ *     --device cpu|cuda   --what kernels,products,optimizers   --filter TEXT   --rounds N   --json FILE (as well)
  *     --peer (bitsandbytes beside ours; HALFBYTE_PYTHON)   --threads 1,2 (cpu)   --elements 134217728,1048576 (cuda)
- *     --rehearse: with cuda, the products small and on the cpu, to see that everything runs
+ *     --rehearse: with cuda, the products and optimizers small and on the cpu, to see that everything runs
  */
 import { execFileSync } from "node:child_process";
 import { mkdtempSync, renameSync, rmSync, writeFileSync } from "node:fs";
@@ -15,13 +15,23 @@ import { CudaBackend } from "#halfbyte/backend/cuda/backend.js";
 import { Tensor } from "#halfbyte/core/tensor.js";
 import { blockwiseBenches } from "./blockwise.bench.js";
 import { convertBenches } from "./convert.bench.js";
-import { CUDA_SIZES, type CudaResult, measureCuda, measureLaunches } from "./cuda.js";
+import { CUDA_SIZES, type CudaResult, gpuOf, measureCuda, measureLaunches } from "./cuda.js";
 import { fourbitBenches } from "./fourbit.bench.js";
 import { type Bench, ELEMENTS, input, measure, type Result } from "./harness.js";
 import { igemmBenches } from "./igemm.bench.js";
 import { int8Benches } from "./int8.bench.js";
 import { matmulBenches } from "./matmul.bench.js";
 import { matmul4bitBenches } from "./matmul4bit.bench.js";
+import { smolLm2 } from "./optimizer.bench.js";
+import {
+  CPU_PARAMETERS,
+  CUDA_PARAMETERS,
+  measureOptimizers,
+  measureOptimizersCuda,
+  optimizerTable,
+  optimizerTableCuda,
+  type PeerOptimizers,
+} from "./optimizers.js";
 import { measureProducts, type ProductTable, products, type Timed } from "./products.js";
 import { sparseBenches } from "./sparse.bench.js";
 import { measureStream, type StreamResult } from "./stream.bench.js";
@@ -31,7 +41,7 @@ const { values: options } = parseArgs({
   options: {
     device: { type: "string", default: "cpu" },
     json: { type: "string" },
-    what: { type: "string", default: "kernels,products" },
+    what: { type: "string", default: "kernels,products,optimizers" },
     rehearse: { type: "boolean", default: false },
     peer: { type: "boolean", default: false },
     filter: { type: "string", default: "" },
@@ -41,7 +51,9 @@ const { values: options } = parseArgs({
   },
 });
 const rounds = Number(options.rounds);
-const [kernelsToo, productsToo] = ["kernels", "products"].map((what) => options.what.split(",").includes(what));
+const [kernelsToo, productsToo, optimizersToo] = ["kernels", "products", "optimizers"].map((what) =>
+  options.what.split(",").includes(what),
+);
 const REHEARSAL_DIVISOR = 32;
 const REHEARSAL_COPY = 1024 * 1024;
 const machine = { cpu: cpus()[0]!.model.trim(), cores: cpus().length, node: process.version, arch: process.arch };
@@ -81,6 +93,12 @@ function peerTimes(what: "kernels" | "products", threads: number): Record<string
   }
 }
 
+function peerOptimizers(device: "cpu" | "cuda", elements: number, threads = 1): PeerOptimizers {
+  const args = ["bench/peer_optimizers.py", device, String(elements)];
+  const shapes = device === "cuda" ? ["--shapes", JSON.stringify(smolLm2().shapes)] : [];
+  return python([...args, ...shapes], { OMP_NUM_THREADS: String(threads) }) as PeerOptimizers;
+}
+
 async function benchCpu(): Promise<void> {
   const threads = options.threads.split(",").map(Number);
   const results: Result[] = [];
@@ -93,12 +111,17 @@ async function benchCpu(): Promise<void> {
     // Without the copy in front, which says nothing about them.
     if (benches.length > 0) made.push(...(await measure(benches, count, rounds)).slice(1));
   }
+  const steps = optimizersToo ? await measureOptimizers(threads, rounds, options.filter) : [];
   const peer = options.peer && kernelsToo ? peerTimes("kernels", 1) : {};
   const peerProducts =
     options.peer && made.length > 0
       ? Object.fromEntries(threads.map((count) => [count, peerTimes("products", count)]))
       : undefined;
-  save({ results, stream, peer, products: made, peerProducts });
+  const peerSteps =
+    options.peer && steps.length > 0
+      ? Object.fromEntries(threads.map((count) => [count, peerOptimizers("cpu", CPU_PARAMETERS, count)]))
+      : undefined;
+  save({ results, stream, peer, products: made, peerProducts, optimizers: steps, peerOptimizers: peerSteps });
   console.log(
     `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; lower quartiles of ${rounds} rounds`,
   );
@@ -108,6 +131,20 @@ async function benchCpu(): Promise<void> {
     console.log(`${name}, ${workers(count)}: ${microseconds.toFixed(2)} µs`);
   }
   if (made.length > 0) printCpuProducts(made, threads, peerProducts);
+  if (steps.length > 0) {
+    console.log(`\noptimizers, ${CPU_PARAMETERS} parameters: 10^6 per second, bytes per second, share of the copy's\n`);
+    console.log(optimizerTable(steps, threads, peerSteps));
+  }
+  complain(steps);
+}
+
+/** Says what is not right, if anything is not. */
+function complain(results: readonly { readonly name: string; readonly wrong?: string }[]): void {
+  for (const { name, wrong } of results) {
+    if (wrong === undefined) continue;
+    console.error(`WRONG ${name}: ${wrong}`);
+    process.exitCode = 1;
+  }
 }
 
 const workers = (count: number): string => `${count} worker${count > 1 ? "s" : ""}`;
@@ -177,18 +214,23 @@ async function benchCuda(): Promise<void> {
   const gpu = new CudaBackend();
   const sizes = kernelsToo ? options.elements.split(",").map(Number) : [];
   const results: CudaResult[] = [];
-  for (const elements of sizes) results.push(...(await measureCuda(gpu, benchesOf(elements), elements, rounds)));
+  for (const elements of sizes) {
+    results.push(...(await measureCuda(gpuOf(gpu), benchesOf(elements), elements, rounds)));
+  }
   const launches = options.filter || !kernelsToo ? [] : await measureLaunches(gpu);
   const wanted = productsToo ? products().filter(({ name }) => name.includes(options.filter)) : [];
   const timed: Timed = { backend: gpu, elapsed: (body) => gpu.elapsed(body) };
   const table = wanted.length > 0 ? measureProducts(timed, wanted, rounds) : undefined;
+  const steps = optimizersToo ? await measureOptimizersCuda(gpuOf(gpu), rounds, options.filter) : [];
   const images = gpu.imagesInUse();
   const { name, multiprocessors, driverVersion } = gpu.info;
   await gpu.close();
   // After ours has let go of the GPU, in the same run: clocks and neighbours are the same.
   const asked = ["bench/peer_cuda.py", ...sizes.map(String), "--products", JSON.stringify(wanted)];
-  const peer = options.peer ? (python(asked) as PeerCuda) : undefined;
-  save({ gpu: { name, multiprocessors, driverVersion }, images, results, launches, products: table, peer });
+  const peer = options.peer && (kernelsToo || productsToo) ? (python(asked) as PeerCuda) : undefined;
+  const peerSteps = options.peer && steps.length > 0 ? peerOptimizers("cuda", CUDA_PARAMETERS) : undefined;
+  const found = { results, launches, products: table, peer, optimizers: steps, peerOptimizers: peerSteps };
+  save({ gpu: { name, multiprocessors, driverVersion }, images, ...found });
 
   const driver = `${Math.floor(driverVersion / 1000)}.${(driverVersion % 1000) / 10}`;
   console.log(`${name}, ${multiprocessors} multiprocessors, driver ${driver}; ${machine.cpu}, Node ${machine.node}`);
@@ -198,17 +240,20 @@ async function benchCuda(): Promise<void> {
   if (launches.length > 0) console.log("");
   for (const { name: what, microseconds } of launches) console.log(`${what}: ${microseconds.toFixed(2)} µs`);
   if (table) printProducts(table, peer);
-  const wrong = [...results, ...(table?.results ?? [])].filter((r) => r.wrong !== undefined);
-  for (const r of wrong)
-    console.error(`WRONG ${r.name}${"elements" in r ? `, ${r.elements} elements` : ""}: ${r.wrong}`);
-  if (wrong.length > 0) process.exitCode = 1;
-  else
+  if (steps.length > 0) {
+    const beside = peerSteps ? `; beside ${peerSteps.versions}` : "";
+    console.log(`\noptimizers, ${CUDA_PARAMETERS} parameters; copy ${steps[0]!.gbytes.toFixed(0)} GB/s${beside}\n`);
+    console.log(optimizerTableCuda(steps, peerSteps));
+  }
+  complain(results.map((r) => ({ ...r, name: `${r.name}, ${r.elements} elements` })));
+  complain([...(table?.results ?? []), ...steps]);
+  if (process.exitCode === undefined)
     console.log(
       "\nevery result is right where it was checked: kernels are the cpu's, bit for bit; products are near float64",
     );
 }
 
-/** The products as on a GPU, but small and on the cpu. The times mean nothing. */
+/** The products and optimizers as on a GPU, but small and on the cpu. The times mean nothing. */
 async function rehearse(): Promise<void> {
   const backend = new CpuBackend();
   const word = Tensor.allocate(backend, "u8", [1]);
@@ -220,8 +265,10 @@ async function rehearse(): Promise<void> {
     word.bytesSync();
     return performance.now() - start;
   };
-  const wanted = products(REHEARSAL_DIVISOR).filter(({ name }) => name.includes(options.filter));
+  const wanted = productsToo ? products(REHEARSAL_DIVISOR).filter(({ name }) => name.includes(options.filter)) : [];
   const table = measureProducts({ backend, elapsed }, wanted, 1, REHEARSAL_COPY);
+  const gpu = { backend, elapsed, busyBytes: REHEARSAL_COPY };
+  const steps = optimizersToo ? await measureOptimizersCuda(gpu, 1, options.filter, REHEARSAL_DIVISOR) : [];
   await backend.close();
   save({
     gpu: { name: "rehearsal", multiprocessors: 0, driverVersion: 0 },
@@ -229,11 +276,12 @@ async function rehearse(): Promise<void> {
     results: [],
     launches: [],
     products: table,
+    optimizers: steps,
   });
   printProducts(table, undefined);
-  const wrong = table.results.filter((r) => r.wrong !== undefined);
-  for (const r of wrong) console.error(`WRONG ${r.name}: ${r.wrong}`);
-  if (wrong.length > 0 || table.results.length === 0) process.exitCode = 1;
+  if (steps.length > 0) console.log(`\n${optimizerTableCuda(steps)}`);
+  complain([...table.results, ...steps]);
+  if (table.results.length + steps.length === 0) process.exitCode = 1;
 }
 
 function printSize(results: readonly CudaResult[], elements: number, peer: PeerCuda | undefined): void {

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import time
 
 import numpy
 import torch
@@ -25,19 +24,11 @@ import bitsandbytes.functional as F
 from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.cextension import lib
 
+from peer_timing import on_cpu as typical
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 values = torch.from_numpy(numpy.fromfile(sys.argv[1], dtype=numpy.float32))
 DTYPES = {"f32": ("fp32", torch.float32), "f16": ("fp16", torch.float16), "bf16": ("bf16", torch.bfloat16)}
-
-
-def typical(run, rounds=9):
-    run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return sorted(times)[len(times) // 4]
 
 
 def pointer(tensor):

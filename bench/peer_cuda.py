@@ -13,7 +13,6 @@ call, so that its time is the host's as well, however it is measured.
 import argparse
 import json
 import logging
-import time
 
 import torch
 import bitsandbytes
@@ -21,44 +20,12 @@ import bitsandbytes.functional as F
 from bitsandbytes.autograd._functions import MatmulLtState
 from bitsandbytes.cextension import lib
 
+from peer_timing import on_cuda as typical
+
 logging.disable(logging.WARNING)
 DTYPES = {"f32": ("fp32", torch.float32), "f16": ("fp16", torch.float16), "bf16": ("bf16", torch.bfloat16)}
-ROUNDS = 15
 # The bitsandbytes library launches its quantizers on the default stream.
 STREAM = torch._C._cuda_getCurrentRawStream(0)
-
-
-# Cycles of the sleeping kernel for a second: GPUs run at up to 2 GHz.
-CYCLES = 2_000_000_000
-
-
-def typical(run, ahead=True):
-    """Microseconds of the GPU; without `ahead` of a GPU that waits for the host."""
-    for _ in range(5):
-        run()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(5):
-        run()
-    end.record()
-    end.synchronize()
-    count = max(3, min(60, int(4 / (start.elapsed_time(end) / 5)) + 1))
-    began = time.perf_counter()
-    for _ in range(count):
-        run()
-    enqueued = time.perf_counter() - began
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(ROUNDS):
-        if ahead:
-            torch.cuda._sleep(max(6_000_000, int(1.5 * enqueued * CYCLES)))
-        start.record()
-        for _ in range(count):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return sorted(times)[len(times) // 4]
 
 
 def close(a, b, limit):

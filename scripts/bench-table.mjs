@@ -1,7 +1,7 @@
-// The markdown tables of docs/benchmarks.md about the GPU and about products, from what benches have measured and from the sm_87 code.
+// The markdown tables of docs/benchmarks.md about the GPU, about products and about optimizers, from what benches have measured and from the sm_87 code.
 //
 //   npm run bench -- --device cuda --peer --json build/bench.json
-//   npm run bench -- --what products --peer --json build/bench-cpu.json
+//   npm run bench -- --what products,optimizers --peer --json build/bench-cpu.json
 //   node bench/sass.mjs --json > build/sass.json
 //   node scripts/bench-table.mjs build/bench.json build/sass.json ...            prints them
 //   node scripts/bench-table.mjs build/bench.json build/sass.json ... --write    puts them between their marks in docs/benchmarks.md
@@ -25,6 +25,15 @@ const SHARES = [
   ["quantize 8-bit dynamic block 256 from bf16", "quantize 8-bit dynamic block 256 bf16", 0.7],
   ["dequantize 8-bit dynamic block 256 to bf16", "dequantize 8-bit dynamic block 256 bf16", 0.92],
 ];
+/** What a step on LARGE bf16 parameters is to take, in microseconds; a model's tensors, in times of one tensor of its size. */
+const STEPS = [
+  ["Adam, 8 bits", "Adam 8-bit bf16", 430],
+  ["Adam, 32 bits", "Adam 32-bit bf16", 800],
+  ["Lion, 8 bits", "Lion 8-bit bf16", 350],
+  ["SGD, 8 bits", "SGD 8-bit bf16", 350],
+  ["AdEMAMix, 8 bits", "AdEMAMix 8-bit bf16", 500],
+];
+const MODEL_RATIO = 1.3;
 /** Microseconds for a launch from JavaScript, 1,000 in a row. */
 const LAUNCH = 4;
 
@@ -45,7 +54,7 @@ const line = (cells) => `| ${cells.join(" | ")} |`;
 const table = (head, rows) => [line(head), `|${"---|".repeat(head.length)}`, ...rows.map(line)].join("\n");
 
 /** Sections of a result of `npm run bench -- --device cuda --json`. */
-function benchSections({ machine, gpu, images, results, launches, products, peer }) {
+function benchSections({ machine, gpu, images, results, launches, products, peer, optimizers, peerOptimizers }) {
   const find = (name, elements) => results.find((r) => r.name === name && r.elements === elements);
   const theirs = (r) => (r.peer === undefined ? undefined : peer?.sizes[r.elements]?.ops[r.peer]);
   const driver = `${Math.floor(gpu.driverVersion / 1000)}.${(gpu.driverVersion % 1000) / 10}`;
@@ -54,13 +63,19 @@ function benchSections({ machine, gpu, images, results, launches, products, peer
     `${gpu.name} (${gpu.multiprocessors} multiprocessors), driver for CUDA ${driver}, ${machine.cpu}, Node ${machine.node}. Images: ${made}.`,
     ...(peer ? [`Beside: ${peer.versions}.`] : []),
   ].join("\n");
-  const sections = { cuda: where, "cuda-large": sizeTable(LARGE), "cuda-small": sizeTable(SMALL) };
+  // Of what the other tables are measured on, which a run of the optimizers alone does not renew.
+  const sections = {
+    cuda: results.length > 0 || products?.results.length > 0 ? where : undefined,
+    "cuda-large": sizeTable(LARGE),
+    "cuda-small": sizeTable(SMALL),
+  };
   if (launches.length > 0) sections.launches = launchTable(launches);
   const goals = goalTable();
   if (goals) sections.goals = goals;
   const double = doubleTable();
   if (double) sections.double = double;
-  if (products) Object.assign(sections, productSections(products, peer));
+  if (products?.results.length > 0) Object.assign(sections, productSections(products, peer));
+  if (optimizers?.length > 0) Object.assign(sections, optimizerSections(optimizers, peerOptimizers, where));
   return sections;
 
   function sizeTable(elements) {
@@ -135,6 +150,62 @@ function benchSections({ machine, gpu, images, results, launches, products, peer
   }
 }
 
+/** Steps of the optimizers, by the classes. */
+function optimizerSections(results, peer, where) {
+  const times = (theirs, own) => (theirs ? `${(theirs / own).toFixed(2)}x` : "-");
+  const shown = (time) => time?.toFixed(1) ?? "-";
+  const rows = results.map((r) => {
+    const theirs = peer?.ops[r.peer];
+    const cells = [
+      r.name,
+      r.microseconds,
+      r.launchedMicroseconds,
+      (r.microseconds * r.ofCopy).toFixed(0),
+      percent(r.ofCopy),
+    ];
+    return [
+      ...cells.map((cell) => (typeof cell === "number" ? shown(cell) : cell)),
+      shown(theirs),
+      times(theirs, r.microseconds),
+    ];
+  });
+  const head = ["", "µs", "launched, µs", "floor, µs", "of copy", "bitsandbytes, µs", "ours to theirs"];
+  const wrong = results.filter((r) => r.wrong !== undefined).map((r) => `WRONG: ${r.name}: ${r.wrong}`);
+  const speeds = `Copy: ${results[0].gbytes.toFixed(0)} GB/s.${peer ? ` Beside: ${peer.versions}.` : ""}`;
+
+  const find = (name) => results.find((r) => r.name.startsWith(name));
+  const goals = STEPS.flatMap(([what, name, goal]) => {
+    const r = results.find((one) => one.name === name);
+    const time = r && `${r.microseconds.toFixed(0)} µs`;
+    return r ? [[what, `${goal} µs`, reached(time, r.microseconds <= goal), shown(peer?.ops[r.peer])]] : [];
+  });
+  for (const bits of [8, 32]) {
+    const [one, many] = [find(`AdamW ${bits}-bit bf16, one tensor`), find(`AdamW ${bits}-bit bf16, 272 tensors`)];
+    if (!one || !many) continue;
+    const ratio = many.microseconds / one.microseconds;
+    const [theirOne, theirMany] = [peer?.ops[one.peer], peer?.ops[many.peer]];
+    const theirs = theirOne && theirMany ? `${(theirMany / theirOne).toFixed(2)}x` : "-";
+    const what = `AdamW, ${bits} bits, SmolLM2's 272 tensors to one tensor`;
+    goals.push([what, `${MODEL_RATIO}x`, reached(`${ratio.toFixed(2)}x`, ratio <= MODEL_RATIO), theirs]);
+  }
+  // What torch has of its own.
+  const others = Object.entries(peer?.ops ?? {}).filter(
+    ([name]) => name.startsWith("torch ") && !name.includes("_f32"),
+  );
+  return {
+    "cuda-optimizers": [where, speeds, "", table(head, rows), ...wrong].join("\n"),
+    "cuda-optimizer-goals":
+      goals.length > 0 ? table(["goal", "at most", "reached", "bitsandbytes, µs"], goals) : undefined,
+    "cuda-optimizers-torch":
+      others.length > 0
+        ? table(
+            ["torch", "µs"],
+            others.map(([name, time]) => [name.replaceAll("_", " "), shown(time)]),
+          )
+        : undefined,
+  };
+}
+
 /** Products with the weights of large models, and with SmolLM2's. */
 function productSections({ copyGbytes, results }, peer) {
   const head = [
@@ -171,9 +242,52 @@ function productSections({ copyGbytes, results }, peer) {
 /** The shorter side of the smallest weight of a large model that is measured. */
 const SMALLEST_LARGE = 4096;
 
-/** The section of `npm run bench -- --what products --json` on the cpu: multiply-adds per second. */
-function cpuSections({ machine, products, peerProducts }) {
-  if (products.length === 0) return {};
+/** The sections of `npm run bench -- --what products,optimizers --json` on the cpu. */
+function cpuSections({ machine, products, peerProducts, optimizers = [], peerOptimizers }) {
+  return {
+    ...(products.length > 0 && cpuProductSections({ machine, products, peerProducts })),
+    ...(optimizers.length > 0 && cpuOptimizerSections({ machine, optimizers, peerOptimizers })),
+  };
+}
+
+/** Steps: parameters and bytes per second. */
+function cpuOptimizerSections({ machine, optimizers, peerOptimizers }) {
+  const threads = [...new Set(optimizers.map((r) => r.threads))];
+  const plural = (count, what) => `${count} ${what}${count > 1 ? "s" : ""}`;
+  const ways = [
+    ["bitsandbytes", ""],
+    ["torch fused", "torch fused "],
+    ["torch foreach", "torch foreach "],
+  ];
+  const rows = [...new Set(optimizers.map((r) => r.name))].map((name) => {
+    const own = threads.map((count) => optimizers.find((r) => r.name === name && r.threads === count));
+    const parameters = own[0].gelem * own[0].milliseconds * 1e6;
+    const cells = own.flatMap((r) => [(r.gelem * 1e3).toFixed(0), `${r.gbytes.toFixed(1)}, ${percent(r.ofCopy)}`]);
+    const others = peerOptimizers
+      ? ways.map(([, prefix]) => {
+          const rates = threads.map((count) => {
+            const time = peerOptimizers[count]?.ops[prefix + own[0].peer];
+            return time === undefined ? undefined : (parameters / time).toFixed(0);
+          });
+          return rates.includes(undefined) ? "-" : rates.join(" / ");
+        })
+      : [];
+    const gain = threads.length > 1 ? [`${(own[0].milliseconds / own.at(-1).milliseconds).toFixed(2)}x`] : [];
+    return [name, ...cells, ...gain, ...others];
+  });
+  const beside = peerOptimizers ? ` Beside: ${peerOptimizers[threads[0]].versions}.` : "";
+  const where = `${machine.cpu}, ${machine.cores} cores, Node ${machine.node} ${machine.arch}; 10^6 parameters per second.${beside}`;
+  const ours = threads.flatMap((count) => [`${plural(count, "worker")}, M/s`, "GB/s, of copy"]);
+  const theirs = peerOptimizers
+    ? ways.map(([name]) => `${name}, ${threads.map((n) => plural(n, "thread")).join(" / ")}, M/s`)
+    : [];
+  const head = ["", ...ours, ...(threads.length > 1 ? ["speed-up"] : []), ...theirs];
+  const wrong = optimizers.filter((r) => r.wrong !== undefined).map((r) => `WRONG: ${r.name}: ${r.wrong}`);
+  return { "cpu-optimizers": [where, "", table(head, rows), ...wrong].join("\n") };
+}
+
+/** Multiply-adds per second. */
+function cpuProductSections({ machine, products, peerProducts }) {
   const threads = [...new Set(products.map((r) => r.threads))];
   const workers = (count) => `${count} worker${count > 1 ? "s" : ""}`;
   const ours = threads.map((count) => `${workers(count)}, G/s`);

@@ -24,9 +24,8 @@ const named = (prefix, name) => `${prefix}${name[0].toUpperCase()}${name.slice(1
 
 /** The numbers that the addon shares with src/backend/cuda/. */
 async function header() {
-  const { BINDING, BLAS_COMMAND, BLAS_DTYPES, BLAS_STATUS, BLAS_WORDS, COMMAND_OPERANDS, COMMAND_WORDS } = await import(
-    "../dist/backend/cuda/addon.js"
-  );
+  const { BINDING, BLAS_COMMAND, BLAS_DTYPES, BLAS_STATUS, BLAS_WORDS, COMMAND_OPERANDS, COMMAND_WORDS, HOST } =
+    await import("../dist/backend/cuda/addon.js");
   const { DTYPE_ID } = await import("../dist/core/dtype.js");
   const { MAX_OPERAND_BYTES } = await import("../dist/backend/cuda/layout.js");
   const statuses = Object.entries(BINDING);
@@ -50,6 +49,7 @@ ${statuses.map(([name, number]) => `  ${name} = ${number},`).join("\n")}
 ${words("command", COMMAND_WORDS)}
 constexpr uint32_t commandOperands = ${COMMAND_OPERANDS};
 constexpr uint32_t maxOperandBytes = ${MAX_OPERAND_BYTES};
+constexpr int host = ${HOST};
 
 ${words("blas", BLAS_WORDS)}
 constexpr uint32_t blasCommand = ${BLAS_COMMAND};

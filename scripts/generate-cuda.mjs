@@ -13,6 +13,7 @@ import {
 } from "../dist/core/kernels.js";
 import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
 import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
+import { isWord, OPTIMIZER_CONSTANTS } from "./optimizer-constants.mjs";
 
 const C_TYPE = { in: "const void*", out: "void*", size: "unsigned long long", u32: "unsigned", f32: "float" };
 
@@ -159,6 +160,11 @@ export function cudaConstants() {
     "// Summation tree",
     u32("SUM_CHUNK", SUM_CHUNK),
     u32("SUM_LANES", SUM_LANES),
+    "",
+    "// Optimizers, src/core/optimizers.ts",
+    ...OPTIMIZER_CONSTANTS.map(([name, value]) =>
+      isWord(value) ? u32(name, value) : `constexpr float ${name} = ${float(Math.fround(value))};`,
+    ),
   ];
   return lines.join("\n") + "\n";
 }

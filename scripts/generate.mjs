@@ -19,6 +19,7 @@ import {
 import { FP4_RANKS, FP4_THRESHOLDS, FP4_VALUES, NF4_THRESHOLDS, NF4_VALUES } from "../dist/quant/codebooks.js";
 import { SEARCH_HEADER, SEARCH_SHIFT } from "../dist/quant/search-table.js";
 import { cudaConstants, cudaOperands, rint } from "./generate-cuda.mjs";
+import { isWord, OPTIMIZER_CONSTANTS } from "./optimizer-constants.mjs";
 
 const FP4_CODES = [...FP4_RANKS, ...FP4_RANKS.map((code) => code | 8)];
 
@@ -152,6 +153,11 @@ async function constants() {
     "// Summation tree",
     u32("SUM_CHUNK", SUM_CHUNK),
     u32("SUM_LANES", SUM_LANES),
+    "",
+    "// Optimizers, src/core/optimizers.ts",
+    ...OPTIMIZER_CONSTANTS.map(([name, value]) =>
+      isWord(value) ? u32(name, value) : `export const ${name}: f32 = ${float(Math.fround(value))};`,
+    ),
     ...(await layoutConstants()),
   ];
   return lines.join("\n") + "\n";

@@ -26,10 +26,11 @@ export const COMPILE_OPTIONS = Object.freeze([
 const KERNELS = "csrc/kernels";
 /** Grids, block sizes and operand offsets. */
 export const GEOMETRY = [
-  ...["kernels", "launch", "layout", "plans-dense", "plans-int8", "plans-matmul4bit"].map(
+  ...["kernels", "launch", "layout", "plans-dense", "plans-int8", "plans-matmul4bit", "plans-optimizer"].map(
     (name) => `src/backend/cuda/${name}.ts`,
   ),
   "src/core/product-paths.ts",
+  "src/core/optimizers.ts",
 ];
 
 /**

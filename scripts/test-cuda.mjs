@@ -6,6 +6,8 @@
 //     --cases          only the cases; nothing is recorded
 //     --bad-days       only the bad days; nothing is recorded
 //     --sanitize       also compute-sanitizer: memcheck, racecheck, initcheck
+//     --again          after a run of everything in which only bad days failed: just their files once more, on the same kernels and
+//                      GPU; what passed is taken from build/cuda/record.failed.json
 //     --rehearse       a cpu in the GPU's place, for the sake of these programs; nothing is recorded
 //
 // Nothing stops at the first failure. After a failure the record stays as it is, build/cuda/record.failed.json has what there
@@ -23,6 +25,7 @@ const { values: options } = parseArgs({
     cases: { type: "boolean", default: false },
     "bad-days": { type: "boolean", default: false },
     sanitize: { type: "boolean", default: false },
+    again: { type: "boolean", default: false },
     rehearse: { type: "boolean", default: false },
   },
 });
@@ -46,9 +49,13 @@ if (!options["no-build"]) {
 // The fingerprint covers them, and they are not in git.
 if (!existsSync("csrc/kernels/generated")) spawnSync(process.execPath, ["scripts/generate.mjs"], { stdio: "inherit" });
 const folder = join(root, "build", "cuda");
+const failedRecord = join(folder, "record.failed.json");
+const last = options.again ? JSON.parse(readFileSync(failedRecord, "utf8")) : undefined;
 rmSync(folder, { recursive: true, force: true });
 mkdirSync(folder, { recursive: true });
-const { groupCases, readRecord, recordPath, writeRecord } = await import("../build/test/helpers/cuda-record.js");
+const { groupCases, readRecord, recordPath, ungroupCases, writeRecord } = await import(
+  "../build/test/helpers/cuda-record.js"
+);
 const { kernelFingerprint } = await import("./kernel-sources.mjs");
 const { cudaMissing } = await import("../dist/backend/devices.js");
 
@@ -99,7 +106,7 @@ function run(command, args, { env = {}, quiet = true, patience = PATIENCE_MS } =
 }
 
 /** All cases in processes that replace each other when the device fails. Hashes by id, and what the GPU is. */
-async function runCases(how) {
+async function runCases(how, filter = options.filter) {
   const started = Date.now();
   const hashes = new Map();
   const before = failures.length;
@@ -108,7 +115,7 @@ async function runCases(how) {
   let from = 0;
   for (let round = 0; ; round++) {
     const file = join(folder, `cases-${how ? how.slice(2) : "alone"}-${round}.jsonl`);
-    const args = [CASES, "--out", file, "--from", String(from), "--filter", options.filter];
+    const args = [CASES, "--out", file, "--from", String(from), "--filter", filter];
     // Progress is in the file, so the program prints nothing while all is well: patience covers all of it.
     const flags = [...(how ? [how] : []), ...(options.rehearse ? ["--rehearse"] : [])];
     const { code, how: end, output } = await run(process.execPath, [...args, ...flags], { patience: 2 * PATIENCE_MS });
@@ -155,12 +162,26 @@ async function runCases(how) {
   return { hashes, about, images };
 }
 
+const isPassed = (results) => results && Object.values(results).every((result) => result === "passed");
+
+/** What the last run found, if it was of these kernels on this GPU and only bad days failed. The GPU says so by a single case. */
+async function takeUp() {
+  const { about } = await runCases(undefined, "mean:f32:n=1");
+  const same = ["gpu", "architecture", "driver"].every((key) => about?.[key] === last[key]);
+  const others = last.failures.filter((text) => !/^[\w-]+\.test\.ts: /.test(text));
+  if (last.fingerprint !== fingerprint || !same || others.length > 0 || Object.keys(last.cases).length === 0) {
+    throw new Error(`--again: ${failedRecord} is of other kernels or another GPU, or more than bad days failed`);
+  }
+  return { hashes: ungroupCases(last.cases), about, images: last.images };
+}
+
 const tail = (text) => text.trimEnd().split("\n").slice(-15).join("\n");
 
 /** The tests of test/cuda, each file in a process of its own. How each test ended, by file and name. */
 async function runBadDays() {
   const tests = {};
-  for (const file of readdirSync("test/cuda").filter((name) => name.endsWith(".test.ts"))) {
+  const files = readdirSync("test/cuda").filter((name) => name.endsWith(".test.ts"));
+  for (const file of files.filter((name) => !last || !isPassed(last.tests[name]))) {
     const started = Date.now();
     const own = await runTestFile(file);
     const results = Object.values(own);
@@ -247,7 +268,9 @@ const all = !options.cases && !options["bad-days"];
 const date = new Date().toISOString();
 const fingerprint = kernelFingerprint();
 let ran = { hashes: new Map(), about: undefined, images: [] };
-if (all || options.cases) {
+if (last) {
+  ran = await takeUp();
+} else if (all || options.cases) {
   ran = await runCases(undefined);
   if (ran.about) console.log(`${ran.about.gpu}, ${ran.about.architecture}, driver ${ran.about.driver}`);
   const again = await runCases("--pipelined");
@@ -258,13 +281,13 @@ if (all || options.cases) {
   // Dense products of a library stand in for our own kernels, which other machines need.
   await runCases("--own");
 }
-const tests = options["bad-days"] || (all && !options.rehearse) ? await runBadDays() : {};
-let sanitizer = options.sanitize ? await runSanitizer(date) : [];
-if (!options.sanitize) {
+const tests = options["bad-days"] || (all && !options.rehearse) ? { ...last?.tests, ...(await runBadDays()) } : {};
+let sanitizer = options.sanitize ? await runSanitizer(date) : (last?.sanitizer ?? []);
+if (!options.sanitize && !last) {
   // What the sanitizer said about these very kernels stays true.
   const path = recordPath(root);
-  const last = existsSync(path) ? readRecord(path) : undefined;
-  if (last?.fingerprint === fingerprint) sanitizer = last.sanitizer;
+  const recorded = existsSync(path) ? readRecord(path) : undefined;
+  if (recorded?.fingerprint === fingerprint) sanitizer = recorded.sanitizer;
 }
 const record = {
   format: 1,
@@ -279,9 +302,8 @@ const record = {
 };
 console.log(`${failures.length} failures, ${seconds(began)} s`);
 if (failures.length > 0) {
-  const path = join(folder, "record.failed.json");
-  writeRecord(path, { ...record, failures });
-  console.log(`not recorded; see ${path}`);
+  writeRecord(failedRecord, { ...record, failures });
+  console.log(`not recorded; see ${failedRecord}`);
   process.exitCode = 1;
 } else if (skipped.length > 0) {
   console.log(`nothing recorded: this GPU was not up to\n${skipped.join("\n")}`);

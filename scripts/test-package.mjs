@@ -58,7 +58,7 @@ function install(filename) {
 }
 
 /** Pages whose programs a reader may copy. */
-const PAGES = ["README.md", "docs/products.md"];
+const PAGES = ["README.md", "docs/products.md", "docs/optimizers.md"];
 
 function programs() {
   return PAGES.flatMap((page) => {

@@ -71,6 +71,7 @@ export {
   quantizeFp4,
   quantizeNf4,
 } from "./ops/fourbit.js";
+export type { ClipGradNormOptions } from "./ops/gradient.js";
 export {
   batchedIgemm,
   type IgemmOptions,
@@ -102,6 +103,12 @@ export {
   matmul4bitBackward,
 } from "./ops/matmul4bit.js";
 export {
+  type OptimizerName,
+  type OptimizerUpdateOptions,
+  optimizerUpdate8bitBlockwise,
+  optimizerUpdate32bit,
+} from "./ops/optimizer.js";
+export {
   COOSparseTensor,
   type CooZerosOptions,
   cooZeros,
@@ -111,6 +118,84 @@ export {
   spmmCooVerySparse,
 } from "./ops/sparse.js";
 export { mean } from "./ops/sum.js";
+export {
+  Adagrad,
+  Adagrad8bit,
+  Adagrad32bit,
+  Adam,
+  Adam8bit,
+  Adam32bit,
+  AdamW,
+  AdamW8bit,
+  AdamW32bit,
+  AdEMAMix,
+  AdEMAMix8bit,
+  AdEMAMix32bit,
+  LAMB,
+  LAMB8bit,
+  LAMB32bit,
+  LARS,
+  LARS8bit,
+  LARS32bit,
+  Lion,
+  Lion8bit,
+  Lion32bit,
+  PagedAdagrad,
+  PagedAdagrad8bit,
+  PagedAdagrad32bit,
+  PagedAdam,
+  PagedAdam8bit,
+  PagedAdam32bit,
+  PagedAdamW,
+  PagedAdamW8bit,
+  PagedAdamW32bit,
+  PagedAdEMAMix,
+  PagedAdEMAMix8bit,
+  PagedAdEMAMix32bit,
+  PagedLAMB,
+  PagedLAMB8bit,
+  PagedLAMB32bit,
+  PagedLARS,
+  PagedLARS8bit,
+  PagedLARS32bit,
+  PagedLion,
+  PagedLion8bit,
+  PagedLion32bit,
+  PagedRMSprop,
+  PagedRMSprop8bit,
+  PagedRMSprop32bit,
+  PagedSGD,
+  PagedSGD8bit,
+  PagedSGD32bit,
+  RMSprop,
+  RMSprop8bit,
+  RMSprop32bit,
+  SGD,
+  SGD8bit,
+  SGD32bit,
+} from "./optim/classes.js";
+// Optimizers.
+export { clipGradNorm } from "./optim/clip.js";
+export { GlobalOptimManager, type Override as HyperOverride } from "./optim/manager.js";
+export { Optimizer } from "./optim/optimizer.js";
+export type {
+  AdagradOptions,
+  AdamOptions,
+  AdEMAMixOptions,
+  BitsOption,
+  CommonOptions as OptimizerOptions,
+  Hyper as HyperParameters,
+  LambOptions,
+  LionOptions,
+  NamedParam,
+  PagedOption,
+  ParamGroup,
+  ParamGroupOptions,
+  Params as OptimizerParams,
+  RMSpropOptions,
+  SGDOptions,
+} from "./optim/options.js";
+export type { OptimizerStateDict, ParameterStateDict, SavedGroup } from "./optim/state-dict.js";
 export { Codebook } from "./quant/codebook.js";
 export { createDynamicMap, createFp8Map, createLinearMap, createNormalMap, get4bitType } from "./quant/codebooks.js";
 export { QuantState, type QuantStateDict } from "./quant/state.js";

@@ -4,7 +4,7 @@ import { dirname, join, normalize } from "node:path";
 import { expect, test } from "vitest";
 
 /** Each imports only from those before it, and from itself; checkpoint and golden stand side by side. */
-const LAYERS = ["core", "backend", "quant", "ops", "formats", "checkpoint", "golden", "cli"];
+const LAYERS = ["core", "backend", "quant", "ops", "formats", "optim", "checkpoint", "golden", "cli"];
 const LINES = 600;
 
 function sources(folder: string): string[] {

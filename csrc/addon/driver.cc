@@ -26,6 +26,10 @@ bool Driver::find(void* library, char* detail, size_t size) {
   }
   HALFBYTE_DRIVER(HALFBYTE_FIND)
 #undef HALFBYTE_FIND
+#define HALFBYTE_FIND(member, symbol, parameters) \
+  member = reinterpret_cast<Result(*) parameters>(dlsym(library, symbol));
+  HALFBYTE_DRIVER_MANAGED(HALFBYTE_FIND)
+#undef HALFBYTE_FIND
   return true;
 }
 

@@ -24,6 +24,7 @@ constexpr Result kInvalidContext = 201;
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr unsigned kEventBlockingSync = 1;
 constexpr unsigned kEventDisableTiming = 2;
+constexpr unsigned kMemAttachGlobal = 1;
 constexpr int kJitErrorLogBuffer = 5;
 constexpr int kJitErrorLogBufferSizeBytes = 6;
 
@@ -75,9 +76,18 @@ constexpr int kJitErrorLogBufferSizeBytes = 6;
     (Function function, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX, unsigned blockY, \
      unsigned blockZ, unsigned shared, Stream stream, void** params, void** extra))
 
+// Managed memory, which nothing else needs: a driver that lacks one of these serves the rest, and the member is null. The
+// names are those of CUDA 8: CUDA 13's header maps the last two to _v2, whose location is a struct that older drivers do
+// not know, while every driver exports these.
+#define HALFBYTE_DRIVER_MANAGED(X)                                                              \
+  X(memAllocManaged, "cuMemAllocManaged", (Address * address, size_t bytes, unsigned flags))    \
+  X(memAdvise, "cuMemAdvise", (Address address, size_t bytes, int advice, Device device))       \
+  X(memPrefetchAsync, "cuMemPrefetchAsync", (Address address, size_t bytes, Device to, Stream stream))
+
 struct Driver {
 #define HALFBYTE_MEMBER(member, symbol, parameters) Result(*member) parameters;
   HALFBYTE_DRIVER(HALFBYTE_MEMBER)
+  HALFBYTE_DRIVER_MANAGED(HALFBYTE_MEMBER)
 #undef HALFBYTE_MEMBER
 
   // Both say in `detail` what went wrong. A library that lacks a function stays open: a driver does not like to be

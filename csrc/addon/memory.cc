@@ -1,4 +1,4 @@
-// Device memory, page-locked host memory, copies and fills.
+// Device memory, managed memory, page-locked host memory, copies and fills.
 #include <cstring>
 
 #include "addon.h"
@@ -13,12 +13,13 @@ Status memoryInfo(Call&) {
   return status;
 }
 
-Status memoryAllocate(Call& call) {
+template <typename Allocate>
+Status allocate(Call& call, Allocate from) {
   uint64_t bytes;
   cuda::Address address = 0;
   if (!call.integer(0, "bytes", 1, kMaxInteger, &bytes)) return call.status;
   if (!addon.allocations.reserve()) return abi::outOfHostMemory;
-  if (const Status status = addon.driver.memAlloc(&address, bytes)) return status;
+  if (const Status status = from(&address, bytes)) return status;
   if (address > static_cast<uint64_t>(kMaxInteger) - bytes) {
     addon.driver.memFree(address);
     return addon.fail(abi::badArgument, "the driver's address does not fit a number");
@@ -26,6 +27,52 @@ Status memoryAllocate(Call& call) {
   addon.allocations.add(address, bytes);
   addon.results[0] = static_cast<double>(address);
   return 0;
+}
+
+Status memoryAllocate(Call& call) { return allocate(call, addon.driver.memAlloc); }
+
+Status lacking(const char* symbol) { return addon.fail(abi::missingSymbol, "%s", symbol); }
+
+Status memoryAllocateManaged(Call& call) {
+  if (!addon.driver.memAllocManaged) return lacking("cuMemAllocManaged");
+  return allocate(call, [](cuda::Address* address, size_t bytes) {
+    return addon.driver.memAllocManaged(address, bytes, cuda::kMemAttachGlobal);
+  });
+}
+
+// The device of a number that JavaScript gives, or the host.
+bool place(Call& call, int at, cuda::Device* device) {
+  int ordinal;
+  if (!call.integer(at, "device", abi::host, INT32_MAX, &ordinal)) return false;
+  *device = abi::host;
+  if (ordinal != abi::host) call.status = addon.driver.deviceGet(device, ordinal);
+  return call.status == 0;
+}
+
+Status memoryAdvise(Call& call) {
+  cuda::Address address;
+  uint64_t bytes;
+  int advice;
+  cuda::Device device;
+  if (!addon.driver.memAdvise) return lacking("cuMemAdvise");
+  if (!call.range(0, "address", 1, &address, &bytes) || !call.integer(2, "advice", 1, INT32_MAX, &advice) ||
+      !place(call, 3, &device)) {
+    return call.status;
+  }
+  return addon.driver.memAdvise(address, bytes, advice, device);
+}
+
+Status memoryPrefetch(Call& call) {
+  cuda::Address address;
+  uint64_t bytes;
+  cuda::Device to;
+  Slot* stream;
+  if (!addon.driver.memPrefetchAsync) return lacking("cuMemPrefetchAsync");
+  if (!call.range(0, "address", 1, &address, &bytes) || !call.handle(3, "stream", Kind::stream, &stream) ||
+      !place(call, 2, &to)) {
+    return call.status;
+  }
+  return addon.driver.memPrefetchAsync(address, bytes, to, stream->as<cuda::Stream>());
 }
 
 Status memoryFree(Call& call) {
@@ -152,12 +199,21 @@ Status fill32(Call& call) {
 }
 
 const Entry kEntries[] = {
-    {"memoryInfo", entry<memoryInfo>}, {"memoryAllocate", entry<memoryAllocate>},
-    {"memoryFree", entry<memoryFree>}, {"hostAllocate", entry<hostAllocate>},
-    {"hostFree", entry<hostFree>},     {"hostRead", entry<hostRead>},
-    {"hostWrite", entry<hostWrite>},   {"copyFromHost", entry<copyFromHost>},
-    {"copyToHost", entry<copyToHost>}, {"copyOnDevice", entry<copyOnDevice>},
-    {"fill8", entry<fill8>},           {"fill32", entry<fill32>},
+    {"memoryInfo", entry<memoryInfo>},
+    {"memoryAllocate", entry<memoryAllocate>},
+    {"memoryAllocateManaged", entry<memoryAllocateManaged>},
+    {"memoryAdvise", entry<memoryAdvise>},
+    {"memoryPrefetch", entry<memoryPrefetch>},
+    {"memoryFree", entry<memoryFree>},
+    {"hostAllocate", entry<hostAllocate>},
+    {"hostFree", entry<hostFree>},
+    {"hostRead", entry<hostRead>},
+    {"hostWrite", entry<hostWrite>},
+    {"copyFromHost", entry<copyFromHost>},
+    {"copyToHost", entry<copyToHost>},
+    {"copyOnDevice", entry<copyOnDevice>},
+    {"fill8", entry<fill8>},
+    {"fill32", entry<fill32>},
 };
 
 }  // namespace

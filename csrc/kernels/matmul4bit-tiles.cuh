@@ -17,7 +17,7 @@ constexpr u32 TILE_ENTRY = 256;
 constexpr u32 TILE_TABLE_BYTES = 256 * TILE_ENTRY;
 /* Bytes of a row of activations in a chunk. */
 constexpr u32 X_ROW = TILE_CHUNK * 2;
-constexpr u32 TILE_AT = MATMUL4BIT_SHARED_BASE;
+constexpr u32 TILE_AT = SHARED_BASE;
 
 DEVICE float2 loadPair(u32 at) {
   float2 v;
@@ -140,11 +140,10 @@ struct TileProduct {
     const u32 tiles = (N() + ROWS - 1) / ROWS;
     const u32 splits = op.splits;
     const u32 tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
-    const u32 perSplit = (chunks + splits - 1) / splits;
-    const u32 perGroup = (perSplit + GROUPS - 1) / GROUPS;
-    const u32 last = (split + 1) * perSplit < chunks ? (split + 1) * perSplit : chunks;
-    const u32 first = split * perSplit + group * perGroup;
-    const u32 end = first + perGroup < last ? first + perGroup : last;
+    // Every group takes as many chunks, so that all meet as often; behind the last column there are only zeros.
+    const u32 perGroup = (chunks + splits * GROUPS - 1) / (splits * GROUPS);
+    const u32 first = (split * GROUPS + group) * perGroup;
+    const u32 end = first + perGroup;
     const u32 begin = tile * ROWS + warp % ROW_WARPS * WARP_ROWS;
 
     float d[FRAGMENTS][TILES][4];

@@ -29,7 +29,7 @@ constexpr u32 CHUNK = 128;
 constexpr u32 ENTRY = 256;
 constexpr u32 ROOM = ENTRY / 2;
 constexpr u32 ROOM_BYTES = 256 * ROOM;
-constexpr u32 TABLE_AT = MATMUL4BIT_SHARED_BASE;
+constexpr u32 TABLE_AT = SHARED_BASE;
 constexpr u32 ROOM_AT = TABLE_AT + ROOM;
 
 template <u32 AT>

@@ -18,8 +18,8 @@ extern __shared__ __align__(128) u8 dynamicShared[];
 /* Where the fixed addresses of `tiles` and `vector` begin. A driver that kept more for itself would have to be noticed. */
 DEVICE u8* sharedBase() {
   const u32 begin = sharedAddress(dynamicShared);
-  if (begin > MATMUL4BIT_SHARED_BASE) __trap();
-  return dynamicShared + (MATMUL4BIT_SHARED_BASE - begin);
+  if (begin > SHARED_BASE) __trap();
+  return dynamicShared + (SHARED_BASE - begin);
 }
 
 #define VECTOR(T, dtype, SPLIT, kind, TILES, K_WARPS)                                                                    \

@@ -77,6 +77,12 @@ function formatFindings(report: GoldenReport, dir: string, device: DeviceChoice 
   for (const { op, cases, reason } of report.notRun) {
     lines.push(`not run: ${op}, ${cases} ${cases === 1 ? "case" : "cases"}: ${reason}`);
   }
+  for (const { op, cases, rule } of report.differences) {
+    lines.push(`known difference: ${op}, ${cases} ${cases === 1 ? "case" : "cases"}: ${rule}`);
+  }
+  for (const { op, what, cases, worst, at } of report.drift) {
+    lines.push(`not judged: ${op}, ${what} drift by up to ${worst.toExponential(1)} (${at}, of ${cases})`);
+  }
   let last = "";
   for (const failure of report.failures) {
     const id = `${failure.file}:${failure.case}`;

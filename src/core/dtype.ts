@@ -8,6 +8,11 @@ export type DType = (typeof DTYPES)[number];
 export const FLOAT_DTYPES = ["f32", "f16", "bf16"] as const;
 export type FloatDType = (typeof FLOAT_DTYPES)[number];
 
+/** The dtypes of gradients that a parameter takes. */
+export function gradientDTypes(dtype: FloatDType): readonly FloatDType[] {
+  return dtype === "f32" ? FLOAT_DTYPES : ["f32", dtype];
+}
+
 /** Bytes per element. */
 export const DTYPE_BYTES: Readonly<Record<DType, number>> = { f32: 4, f16: 2, bf16: 2, i8: 1, u8: 1, i32: 4 };
 

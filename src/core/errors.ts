@@ -103,28 +103,39 @@ export class OutOfMemoryError extends HalfbyteError {
     readonly requestedBytes: number,
     readonly freeBytes: number,
     readonly limitBytes: number,
+    /** What else helps. */
+    advice = "raise memoryLimit",
   ) {
     super(
       `[${device}] out of memory: ${requestedBytes} bytes requested, ${freeBytes} of ${limitBytes} bytes free. ` +
         "Dispose tensors you no longer need (dispose(), using, or tidy() round a loop's body; the garbage collector " +
-        "cannot help inside synchronous code), or raise memoryLimit.",
+        `cannot help inside synchronous code), or ${advice}.`,
     );
   }
 }
 
-/** A quantizer met NaN or infinity. Reported by the first read after the launch. */
+function nonFiniteAdvice(op: string, unit: "block" | "row" | "parameter"): string {
+  if (unit !== "parameter") return "Pass allowNonFinite: true to quantize it as bitsandbytes does.";
+  if (op === "clipGradNorm")
+    return "All gradients keep their values. Without errorIfNonfinite they are scaled all the same, as torch does.";
+  return (
+    "An optimizer's step then writes nothing. With skipNonFinite: true an optimizer counts such steps and goes on, as a GradScaler " +
+    "does; with allowNonFinite: true it does not check, like bitsandbytes."
+  );
+}
+
+/** A quantizer met NaN or infinity, or an optimizer a gradient that holds some. Reported by the first read after the launch. */
 export class NonFiniteError extends HalfbyteError {
   readonly code = "ERR_HALFBYTE_NON_FINITE";
   constructor(
     readonly op: string,
     readonly operand: string,
-    /** Index of the first block (or row) that holds a non-finite value. */
+    /** Index of the first block (row, parameter) that holds a non-finite value. */
     readonly index: number,
-    readonly unit: "block" | "row" = "block",
+    readonly unit: "block" | "row" | "parameter" = "block",
   ) {
     super(
-      `[${op}] ${operand}: expected finite values, received NaN or infinity in ${unit} ${index}. ` +
-        "Pass allowNonFinite: true to quantize it as bitsandbytes does.",
+      `[${op}] ${operand}: expected finite values, received NaN or infinity in ${unit} ${index}. ${nonFiniteAdvice(op, unit)}`,
     );
   }
 }

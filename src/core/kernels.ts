@@ -10,6 +10,22 @@
  */
 export type FieldType = "in" | "out" | "size" | "u32" | "f32";
 
+/** What the optimizer kernels share: see src/core/optimizers.ts for the list, the row of scalars and the guard. */
+const OPTIMIZER_STEP = {
+  list: "in",
+  chunks: "in",
+  scalars: "in",
+  guard: "in",
+  ratios: "in",
+  count: "size",
+  known: "u32",
+  family: "u32",
+  dtype: "u32",
+  gradDtype: "u32",
+  skipZeros: "u32",
+} as const;
+const OPTIMIZER_CODES = { code1: "in", table1: "in", code2: "in", table2: "in" } as const;
+
 export const KERNELS = {
   /** dst[0..bytes) = src[0..bytes); the ranges do not overlap. */
   copy: { src: "in", dst: "out", bytes: "size" },
@@ -208,6 +224,49 @@ export const KERNELS = {
     n: "size",
     dtype: "u32",
   },
+  /**
+   * One step of a family on all tensors of a list, states in float32: the formulas are in docs/numerics.md, "Optimizers". `chunks`
+   * has `count` entries. The row of scalars is number guard.skipped - known, or 0 without a guard; with guard.skip nothing is
+   * written. `ratios` (f32 per record, or null) multiplies the step. Unit: chunk.
+   */
+  optimizerUpdate32bit: OPTIMIZER_STEP,
+  /**
+   * The same with 8-bit states in blocks of 256: code1 and table1 for first moments and one-state families (the signed map, its table
+   * with the sign rule), code2 and table2 for second moments (null where there is none).
+   */
+  optimizerUpdate8bitBlockwise: { ...OPTIMIZER_STEP, ...OPTIMIZER_CODES },
+  /** partial[2c] and partial[2c + 1] = sums of squares over chunk c of the parameter and of the update that the step would make. */
+  optimizerNorms32bit: { ...OPTIMIZER_STEP, partial: "out" },
+  optimizerNorms8bitBlockwise: { ...OPTIMIZER_STEP, ...OPTIMIZER_CODES, partial: "out" },
+  /**
+   * ratios[t] = min(1, (maxUnorm * |p| + eps) / |u|) of record t, from norms[2t] = |p| and norms[2t + 1] = |u| before it is
+   * multiplied by the row's `unit`. Unit: record.
+   */
+  optimizerRatios: {
+    norms: "in",
+    scalars: "in",
+    guard: "in",
+    ratios: "out",
+    records: "size",
+    known: "u32",
+    maxUnorm: "f32",
+    eps: "f32",
+  },
+  /** guard.found = the least index of a record whose gradient holds NaN or infinity, if that is less. Unit: chunk. */
+  gradientCheck: { list: "in", chunks: "in", guard: "out", count: "size", gradDtype: "u32" },
+  /** Decides whether the step is skipped: guard.skip and, if so, guard.skipped and guard.last; then clears guard.found. */
+  gradientVerdict: { guard: "out", allowNonFinite: "u32" },
+  /** partial[c] = sum of squares of chunk c of the gradients. Unit: chunk. */
+  gradientSumSquares: { list: "in", chunks: "in", partial: "out", count: "size", gradDtype: "u32" },
+  /** norms[t * width + j] = f32(sqrt(sum over the chunks c of record t of partial[c * width + j])). Unit: record. */
+  tensorNorms: { list: "in", partial: "in", norms: "out", records: "size", width: "u32" },
+  /**
+   * result[0] = the norm of `count` norms, result[1] = min(1, maxNorm / (result[0] + 1e-6)); with `errors`, 1 where the norm is not
+   * finite, so that gradients which are reported keep their values.
+   */
+  clipCoefficient: { norms: "in", result: "out", count: "size", maxNorm: "f32", errors: "u32" },
+  /** Multiplies the gradients of a list by factor[0]. Unit: chunk. */
+  scaleGradients: { list: "in", chunks: "in", factor: "in", count: "size", gradDtype: "u32" },
 } as const satisfies Record<string, Record<string, FieldType>>;
 
 export type KernelName = keyof typeof KERNELS;
@@ -240,6 +299,17 @@ export const KERNEL_FAMILY = {
   matmul4bitFast: "matmul4bit",
   matmul: "matmul",
   spmmCoo: "sparse",
+  optimizerUpdate32bit: "optimizer",
+  optimizerUpdate8bitBlockwise: "optimizer",
+  optimizerNorms32bit: "optimizer",
+  optimizerNorms8bitBlockwise: "optimizer",
+  optimizerRatios: "optimizer",
+  gradientCheck: "gradient",
+  gradientVerdict: "gradient",
+  gradientSumSquares: "gradient",
+  tensorNorms: "gradient",
+  clipCoefficient: "gradient",
+  scaleGradients: "gradient",
 } as const satisfies Record<KernelName, string>;
 export type KernelFamily = (typeof KERNEL_FAMILY)[KernelName];
 

@@ -1,10 +1,10 @@
 /** Tensors: a dtype, a shape, and a reference to storage on a device. */
 import type { Backend, DeviceName } from "./backend.js";
-import { DTYPE_BYTES, DTYPE_ID, type DType, isDType, isFloat } from "./dtype.js";
-import { ArgumentError, DisposedError, DTypeError, ShapeError } from "./errors.js";
+import { DTYPE_BYTES, DTYPE_ID, type DType, FLOAT_DTYPES, gradientDTypes, isDType, isFloat } from "./dtype.js";
+import { ArgumentError, DeviceError, DisposedError, DTypeError, ShapeError } from "./errors.js";
 import type { Address, Storage } from "./kernels.js";
 import { adopt } from "./scope.js";
-import { formatShape, type Shape, sizeOf } from "./shape.js";
+import { formatShape, type Shape, sameShape, sizeOf } from "./shape.js";
 import {
   bytesOf,
   type DataOf,
@@ -66,6 +66,7 @@ export function liveTensors(backend: Backend): number {
 export class Tensor<D extends DType = DType> implements Address {
   readonly size: number;
   private shared: SharedStorage | undefined;
+  private gradient: Tensor | null = null;
 
   private constructor(
     readonly backend: Backend,
@@ -81,9 +82,13 @@ export class Tensor<D extends DType = DType> implements Address {
     adopt(this);
   }
 
-  /** A new tensor with undefined contents. For those who write ops; users call `empty`. @throws OutOfMemoryError */
-  static allocate<D extends DType>(backend: Backend, dtype: D, shape: Shape): Tensor<D> {
-    const storage = backend.allocate(sizeOf(shape) * DTYPE_BYTES[dtype]);
+  /**
+   * A new tensor with undefined contents. For those who write ops; users call `empty`.
+   * @param paged in memory that may exceed what the GPU has (see `Backend.allocate`)
+   * @throws OutOfMemoryError
+   */
+  static allocate<D extends DType>(backend: Backend, dtype: D, shape: Shape, paged = false): Tensor<D> {
+    const storage = backend.allocate(sizeOf(shape) * DTYPE_BYTES[dtype], paged);
     return new Tensor(backend, dtype, Object.freeze([...shape]), new SharedStorage(backend, storage), 0);
   }
 
@@ -103,6 +108,23 @@ export class Tensor<D extends DType = DType> implements Address {
   /** @throws DisposedError */
   get storage(): Storage {
     return this.alive("tensor").storage;
+  }
+
+  /**
+   * The gradient of a loss with respect to this tensor, which optimizers read; null where there is none. Same shape and device, dtype f32
+   * or this tensor's own; an f32 tensor takes f16 and bf16 too.
+   *
+   * The tensor only refers to it: disposing one does not dispose the other, and setting null or another gradient disposes nothing
+   * (`optimizer.zeroGrad()` does). A view has a gradient of its own.
+   * Setting throws ArgumentError (no tensor, or one that shares memory with this one), DisposedError, DTypeError, DeviceError, ShapeError.
+   */
+  get grad(): Tensor | null {
+    return this.gradient;
+  }
+
+  set grad(value: Tensor | null) {
+    if (value !== null) this.checkGradient(value);
+    this.gradient = value;
   }
 
   /**
@@ -235,6 +257,24 @@ export class Tensor<D extends DType = DType> implements Address {
 
   toString(): string {
     return `Tensor(${this.dtype} ${formatShape(this.shape)} on ${this.device}${this.isDisposed ? ", disposed" : ""})`;
+  }
+
+  private checkGradient(value: Tensor): void {
+    this.alive("grad");
+    if (!(value instanceof Tensor)) throw new ArgumentError("grad", "value", "a Tensor or null", typeof value);
+    if (value.isDisposed) throw new DisposedError(`${value}`, "grad");
+    if (!isFloat(this.dtype)) throw new DTypeError("grad", "tensor", FLOAT_DTYPES.join(" or "), this.dtype);
+    const expected: readonly DType[] = gradientDTypes(this.dtype);
+    if (!expected.includes(value.dtype)) throw new DTypeError("grad", "value", expected.join(" or "), value.dtype);
+    if (value.backend !== this.backend) {
+      throw new DeviceError("grad", "value", `a tensor on ${this.device} like its parameter`, `one on ${value.device}`);
+    }
+    if (!sameShape(value.shape, this.shape)) {
+      throw new ShapeError("grad", "value", formatShape(this.shape), formatShape(value.shape));
+    }
+    if (value.overlaps(this)) {
+      throw new ArgumentError("grad", "value", "memory apart from the parameter", "a tensor that shares bytes with it");
+    }
   }
 
   private alive(op: string): SharedStorage {

@@ -24,6 +24,8 @@ export interface CodeComparison {
   readonly absmax: (i: number) => number;
   /** Codes beyond this many are padding: no ties there. */
   readonly count: number;
+  /** The codes that are right for element i, where more than the scale is uncertain. */
+  readonly allowed?: (i: number) => ReadonlySet<number>;
 }
 
 const NONE: ReadonlySet<number> = new Set();
@@ -55,11 +57,14 @@ export class CaseRun {
   /** Comparisons made: a case without any has not passed. */
   comparisons = 0;
   readonly failures: GoldenFailure[] = [];
+  /** Rules of golden's that are known to be others (see GoldenDifference). */
+  readonly differences = new Set<string>();
+  readonly drift: { readonly what: string; readonly off: number }[] = [];
   private readonly held: Disposable[] = [];
 
   constructor(
     readonly case_: GoldenCase,
-    private readonly device: DeviceName,
+    readonly device: DeviceName,
   ) {}
 
   /** Disposes it (or every member of a tuple) when the case is over. */
@@ -128,7 +133,17 @@ export class CaseRun {
    * Compares codes: equal, or a proven tie.
    * @returns the indexes of the ties
    */
-  codes({ golden, shape, expected, got, rule, value, absmax, count }: CodeComparison): ReadonlySet<number> {
+  codes({
+    golden,
+    shape,
+    expected,
+    got,
+    rule,
+    value,
+    absmax,
+    count,
+    allowed: of,
+  }: CodeComparison): ReadonlySet<number> {
     const ties = new Set<number>();
     if (!this.sameShape(golden, shape)) return ties;
     this.comparisons++;
@@ -140,7 +155,7 @@ export class CaseRun {
       const have = got[index]!;
       if (want === have) continue;
       if (index < count) {
-        const allowed = allowedCodes(rule, value(index), absmax(index));
+        const allowed = of ? of(index) : allowedCodes(rule, value(index), absmax(index));
         if (allowed.has(want) && allowed.has(have)) {
           ties.add(index);
           continue;
@@ -193,6 +208,35 @@ export class CaseRun {
     const problem = `relative error ${error.toExponential(3)}, ${allowed.toExponential(3)} is allowed${how && ` (${how})`}`;
     const element = { index: worst, expected: reference[worst]!, got: ours[worst]! };
     return this.fail(golden, problem, ours.length, mismatches, element);
+  }
+
+  /**
+   * Compares floats that may be apart by a bound for each.
+   * @param how what was computed, where the field alone does not say it
+   * @returns whether they are close enough
+   */
+  close(
+    golden: GoldenTensor,
+    expected: ArrayLike<number>,
+    got: ArrayLike<number>,
+    bound: (i: number) => number,
+    how = "",
+  ): boolean {
+    this.comparisons++;
+    let mismatches = 0;
+    let worst = 0;
+    let distance = 0;
+    for (let i = 0; i < expected.length; i++) {
+      const off = Math.abs(got[i]! - expected[i]!);
+      if (off <= bound(i)) continue;
+      mismatches++;
+      const times = Number.isNaN(off) ? Number.POSITIVE_INFINITY : off / bound(i);
+      if (times > distance) [distance, worst] = [times, i];
+    }
+    if (mismatches === 0) return true;
+    const problem = `${mismatches} of ${expected.length} elements too far off, up to ${distance.toPrecision(3)} times the bound`;
+    const element = { index: worst, expected: expected[worst]!, got: got[worst]! };
+    return this.fail(golden, problem + (how && ` (${how})`), expected.length, mismatches, element);
   }
 
   /** Notes a failure about a golden tensor. */

@@ -11,8 +11,8 @@ export const EXTENSION = ".safetensors";
 /** The metadata key of the list. */
 export const CASES_KEY = "cases";
 
-/** A key of a case, or a key of an object inside it (`state`, `double`). */
-export type Field = string | readonly [string, string];
+/** A key of a case, or the way to one inside its objects and lists (`state`, `double`, `steps`). */
+export type Field = string | readonly string[];
 
 export const fieldName = (field: Field): string => (typeof field === "string" ? field : field.join("."));
 
@@ -139,6 +139,11 @@ export class GoldenCase {
     return value;
   }
 
+  /** Null when it is null or not there. @throws CaseError */
+  numberOrNull(field: Field): number | null {
+    return (this.value(field) ?? null) === null ? null : this.number(field);
+  }
+
   /** False when it is not there. @throws CaseError */
   flag(field: Field): boolean {
     const value = this.value(field) ?? false;
@@ -186,9 +191,12 @@ export class GoldenCase {
   }
 
   private value(field: Field): unknown {
-    const own = (object: unknown, key: string): unknown =>
-      isFields(object) && Object.hasOwn(object, key) ? object[key] : undefined;
-    return typeof field === "string" ? own(this.fields, field) : own(own(this.fields, field[0]), field[1]);
+    const path = typeof field === "string" ? [field] : field;
+    return path.reduce<unknown>(
+      (value, key) =>
+        typeof value === "object" && value !== null && Object.hasOwn(value, key) ? (value as Fields)[key] : undefined,
+      this.fields,
+    );
   }
 }
 

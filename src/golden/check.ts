@@ -12,7 +12,7 @@ import {
 import { CaseRun } from "./case-run.js";
 import { CaseError, closeAll, EXTENSION, type GoldenCase, type GoldenFile, openGoldenFiles } from "./cases.js";
 import { checkerOf } from "./checkers.js";
-import type { GoldenFailure, GoldenReport, OpTally } from "./report.js";
+import type { GoldenDifference, GoldenDrift, GoldenFailure, GoldenReport, OpTally } from "./report.js";
 
 export interface CheckGoldenOptions {
   /** Default: as `getBackend`. */
@@ -25,9 +25,7 @@ export interface CheckGoldenOptions {
   readonly onOp?: (op: string, tally: Readonly<OpTally>) => void;
 }
 
-interface Outcome {
-  readonly failures: readonly GoldenFailure[];
-  readonly ties: number;
+interface Outcome extends Pick<CaseRun, "failures" | "ties" | "differences" | "drift"> {
   /** Why the case was not run, or not completely. */
   readonly notRun?: string;
 }
@@ -49,6 +47,8 @@ export async function checkGolden(dir: string, options: CheckGoldenOptions = {})
     const ops = new Map<string, OpTally>();
     const failures: GoldenFailure[] = [];
     const gaps = new Map<string, { op: string; cases: number; reason: string }>();
+    const differences = new Map<string, GoldenDifference>();
+    const drift = new Map<string, GoldenDrift>();
     for (const [op, cases] of byOp(selectCases(files, options.only))) {
       const tally: OpTally = { passed: 0, failed: 0, notRun: 0, ties: 0 };
       ops.set(op, tally);
@@ -57,6 +57,15 @@ export async function checkGolden(dir: string, options: CheckGoldenOptions = {})
         const outcome = await runCase(case_, device);
         failures.push(...outcome.failures);
         tally.ties += outcome.ties;
+        for (const rule of outcome.differences) {
+          const key = JSON.stringify([op, rule]);
+          differences.set(key, { op, rule, cases: (differences.get(key)?.cases ?? 0) + 1 });
+        }
+        for (const { what, off } of outcome.drift) {
+          const key = JSON.stringify([op, what]);
+          const { cases: before, ...most } = drift.get(key) ?? { op, what, cases: 0, worst: -1, at: "" };
+          drift.set(key, { ...(off > most.worst ? { op, what, worst: off, at: case_.id } : most), cases: before + 1 });
+        }
         if (outcome.failures.length > 0) tally.failed++;
         else if (outcome.notRun === undefined) tally.passed++;
         else {
@@ -69,7 +78,13 @@ export async function checkGolden(dir: string, options: CheckGoldenOptions = {})
       }
       options.onOp?.(op, tally);
     }
-    return { ops: Object.fromEntries(ops), failures, notRun: [...gaps.values()] };
+    return {
+      ops: Object.fromEntries(ops),
+      failures,
+      notRun: [...gaps.values()],
+      differences: [...differences.values()],
+      drift: [...drift.values()],
+    };
   } finally {
     await closeAll(files);
   }
@@ -99,7 +114,9 @@ function byOp(cases: readonly GoldenCase[]): Map<string, GoldenCase[]> {
 
 async function runCase(case_: GoldenCase, device: DeviceName): Promise<Outcome> {
   const checker = checkerOf(case_.op);
-  if ("missing" in checker) return { failures: [], ties: 0, notRun: checker.missing };
+  if ("missing" in checker) {
+    return { failures: [], ties: 0, differences: new Set(), drift: [], notRun: checker.missing };
+  }
   const run = new CaseRun(case_, device);
   let notRun: string | undefined;
   try {
@@ -115,7 +132,7 @@ async function runCase(case_: GoldenCase, device: DeviceName): Promise<Outcome> 
   } finally {
     run.dispose();
   }
-  return { failures: run.failures, ties: run.ties, notRun };
+  return { failures: run.failures, ties: run.ties, differences: run.differences, drift: run.drift, notRun };
 }
 
 /** Operands that an op refuses are the case's fault; a device that fails is not. */

@@ -13,6 +13,7 @@ import { type CaseRun, scaledBy } from "./case-run.js";
 import type { GoldenTensor } from "./cases.js";
 import { CODEBOOK_NAMES, CODEBOOKS } from "./codebooks.js";
 import { floatsOf, ulpsApart, withoutSigns } from "./float-bits.js";
+import { checkOptimizer } from "./optimizer-checkers.js";
 import { checkGemm4bit, checkInt8 } from "./product-checkers.js";
 import { blockwiseRule, type CodeRule, fourBitRule, TIE_ULPS } from "./ties.js";
 
@@ -27,7 +28,6 @@ export interface Missing {
 type RegistryOp = Extract<(typeof PRIMITIVES)[PrimitiveName]["golden"], string>;
 type FileOp =
   | "quantize_4bit_nested"
-  | "optimizer"
   | "Linear4bit"
   | "Linear8bitLt"
   | "Embedding8bit"
@@ -43,7 +43,7 @@ const CHECKERS: Readonly<Record<RegistryOp | FileOp, Checker | Missing>> = {
   quantize_4bit_nested: checkNested,
   int8: checkInt8,
   gemm_4bit: checkGemm4bit,
-  optimizer: { missing: "this version has no optimizers" },
+  optimizer: checkOptimizer,
   Linear4bit: MODULES,
   Linear8bitLt: MODULES,
   Embedding8bit: MODULES,

@@ -49,10 +49,31 @@ export interface GoldenGap {
   readonly reason: string;
 }
 
+/** Cases that passed although golden follows another rule in a part of them: one that is known, and that golden was held to. */
+export interface GoldenDifference {
+  readonly op: string;
+  readonly cases: number;
+  readonly rule: string;
+}
+
+/** How far several steps in a row lead away from golden's. Not judged: differences that are allowed feed the next step. */
+export interface GoldenDrift {
+  readonly op: string;
+  /** What was done (`6 steps with 8-bit states`). */
+  readonly what: string;
+  readonly cases: number;
+  /** The greatest, as a fraction of what it drifted from (docs/golden.md). */
+  readonly worst: number;
+  /** The case where it is. */
+  readonly at: string;
+}
+
 export interface GoldenReport {
   readonly ops: Readonly<Record<string, Readonly<OpTally>>>;
   readonly failures: readonly GoldenFailure[];
   readonly notRun: readonly GoldenGap[];
+  readonly differences: readonly GoldenDifference[];
+  readonly drift: readonly GoldenDrift[];
 }
 
 /** The sum over all ops. */

@@ -114,3 +114,36 @@ export function output<D extends DType>(
   }
   return sameShape(given.shape, shape) ? given : given.reshape(shape);
 }
+
+/** @throws ArgumentError when a tensor comes twice or two have a byte in common. @param nameOf how errors name the tensor at a place */
+export function checkApart(op: string, tensors: readonly Tensor[], nameOf: (i: number) => string): void {
+  const first = new Map<Tensor, number>();
+  const groups = new Map<unknown, number[]>();
+  for (const [i, tensor] of tensors.entries()) {
+    const before = first.get(tensor);
+    if (before !== undefined) {
+      throw new ArgumentError(
+        op,
+        nameOf(i),
+        `memory apart from ${nameOf(before)}`,
+        `the same tensor as ${nameOf(before)}`,
+      );
+    }
+    first.set(tensor, i);
+    if (tensor.size === 0) continue;
+    const group = groups.get(tensor.storage);
+    if (group) group.push(i);
+    else groups.set(tensor.storage, [i]);
+  }
+  for (const group of groups.values()) {
+    // In order of place, only neighbours can overlap.
+    group.sort((a, b) => tensors[a]!.byteOffset - tensors[b]!.byteOffset);
+    for (let k = 1; k < group.length; k++) {
+      const [before, after] = [group[k - 1]!, group[k]!];
+      if (!tensors[before]!.overlaps(tensors[after]!)) continue;
+      const [low, high] = before < after ? [before, after] : [after, before];
+      const received = `a tensor that shares bytes with ${nameOf(low)}`;
+      throw new ArgumentError(op, nameOf(high), `memory apart from ${nameOf(low)}`, received);
+    }
+  }
+}

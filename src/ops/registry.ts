@@ -7,10 +7,12 @@ import type { KernelName } from "../core/kernels.js";
 import { blockwisePrimitives } from "./blockwise.js";
 import { codebookPrimitives } from "./codebooks.js";
 import { fourbitPrimitives } from "./fourbit.js";
+import { gradientPrimitives } from "./gradient.js";
 import { igemmPrimitives } from "./igemm.js";
 import { int8Primitives } from "./int8.js";
 import { matmulPrimitives } from "./matmul.js";
 import { matmul4bitPrimitives } from "./matmul4bit.js";
+import { optimizerPrimitives } from "./optimizer.js";
 import { sparsePrimitives } from "./sparse.js";
 import { sumPrimitives } from "./sum.js";
 
@@ -38,6 +40,8 @@ export const PRIMITIVES = {
   ...matmulPrimitives,
   ...sparsePrimitives,
   ...sumPrimitives,
+  ...optimizerPrimitives,
+  ...gradientPrimitives,
 } as const satisfies Record<string, Primitive>;
 
 export type PrimitiveName = keyof typeof PRIMITIVES;

@@ -11,10 +11,13 @@ export const CODEBOOK_SIZE = 256;
 
 const byArray = new WeakMap<Float32Array, Codebook>();
 let dynamicSigned: Codebook | undefined;
+let dynamicUnsigned: Codebook | undefined;
 
 export class Codebook {
   private table: Uint8Array | null | undefined;
   private readonly tableKey = {};
+  private stateTable: Uint8Array | null | undefined;
+  private readonly stateTableKey = {};
 
   private constructor(readonly values: Float32Array<ArrayBuffer>) {}
 
@@ -22,6 +25,12 @@ export class Codebook {
   static dynamic(): Codebook {
     dynamicSigned ??= new Codebook(createDynamicMap());
     return dynamicSigned;
+  }
+
+  /** What second moments of optimizers are kept in: the unsigned dynamic map. */
+  static dynamicUnsigned(): Codebook {
+    dynamicUnsigned ??= new Codebook(createDynamicMap(false));
+    return dynamicUnsigned;
   }
 
   /**
@@ -60,6 +69,16 @@ export class Codebook {
     const table = this.table === undefined ? buildSearchTable(this.values) : this.table;
     this.table = table;
     return table === null ? null : { storage: backend.constant(this.tableKey, () => table), byteOffset: 0 };
+  }
+
+  /**
+   * The table with the sign rule of optimizer states (`stateCode`), or null when this codebook has none. The signed dynamic map has: it
+   * is for first moments. Second moments are never negative and take `tableOn`.
+   */
+  stateTableOn(backend: Backend): Address | null {
+    const table = this.stateTable === undefined ? buildSearchTable(this.values, { state: true }) : this.stateTable;
+    this.stateTable = table;
+    return table === null ? null : { storage: backend.constant(this.stateTableKey, () => table), byteOffset: 0 };
   }
 }
 

@@ -33,7 +33,10 @@ const SMALLEST_NORMAL = 2 ** -126;
  * @param scaled a float32
  */
 export function searchCode(code: Float32Array, scaled: number): number {
-  const s = Math.abs(scaled) < SMALLEST_NORMAL ? 0 : scaled;
+  return nearestCode(code, Math.abs(scaled) < SMALLEST_NORMAL ? 0 : scaled);
+}
+
+function nearestCode(code: Float32Array, s: number): number {
   let high = 0;
   for (let step = 128; step > 0; step >>= 1) {
     if (code[high + step - 1]! < s) high += step;
@@ -47,12 +50,29 @@ export function searchCode(code: Float32Array, scaled: number): number {
 }
 
 /**
+ * The code of a scaled optimizer state: the reference for first moments. As `searchCode`, but denormals are what they are, and what
+ * has its sign set (-0 too) does not get the code of a zero but the one below it, where there is one: a negative stays negative.
+ * @param code 256 values in strictly increasing order
+ * @param scaled a float32
+ */
+export function stateCode(code: Float32Array, scaled: number): number {
+  const found = nearestCode(code, scaled);
+  const negative = scaled < 0 || Object.is(scaled, -0);
+  return negative && found > 0 && code[found] === 0 ? found - 1 : found;
+}
+
+export interface SearchTableOptions {
+  /** Whose codes the table gives: `stateCode`'s instead of `searchCode`'s. */
+  readonly state?: boolean;
+}
+
+/**
  * Builds the table of a codebook.
  * @param code 256 finite values in non-decreasing order
  * @returns the bytes the kernel wants, or null when two boundaries are too close together for a table: such a codebook
  * needs the exact search
  */
-export function buildSearchTable(code: Float32Array): Uint8Array<ArrayBuffer> | null {
+export function buildSearchTable(code: Float32Array, options: SearchTableOptions = {}): Uint8Array<ArrayBuffer> | null {
   const bytes = new Uint8Array(SEARCH_HEADER + BINS * 4);
   const entries = new Uint32Array(bytes.buffer, SEARCH_HEADER);
   const bits = new Uint32Array(1);
@@ -61,7 +81,8 @@ export function buildSearchTable(code: Float32Array): Uint8Array<ArrayBuffer> | 
     bits[0] = i < NEGATIVE ? i : ~i;
     return value[0]!;
   };
-  const codeAt = (i: number): number => searchCode(code, valueAt(i));
+  const rule = options.state ? stateCode : searchCode;
+  const codeAt = (i: number): number => rule(code, valueAt(i));
   /** The first i of (from, to] whose code is at least `wanted`, which that of `to` is and that of `from` is not. */
   const firstWith = (wanted: number, from: number, to: number): number => {
     let below = from;

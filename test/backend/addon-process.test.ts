@@ -40,6 +40,7 @@ const kernel = (name) => must("moduleFunction", must("moduleLoad", Buffer.from("
 
 /** Every function with whatever comes. */
 const GARBAGE = `
+process.env.HALFBYTE_FAKE_CUDA_MANAGED = "1";
 start();
 must("blasOpen", process.env.LIBRARY, {});
 const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072, -1, 0.5, NaN, Infinity, -Infinity, 2 ** 31,
@@ -47,7 +48,8 @@ const values = [undefined, null, true, false, 0, -0, 1, 2, 65536, 65537, 131072,
   new Uint8Array(0), new Uint8Array(100), new Float64Array(4), new DataView(new ArrayBuffer(8)), new ArrayBuffer(8),
   new Proxy({}, { set() { throw new Error("set"); } }), Object.freeze({})];
 const stream = must("streamCreate"), event = must("eventCreate", true), host = must("hostAllocate", 64), memory = must("memoryAllocate", 64);
-values.push(stream, event, host, memory, memory + 63);
+const managed = must("memoryAllocateManaged", 64);
+values.push(stream, event, host, memory, memory + 63, managed, managed + 1);
 // Nobody else has these.
 const hidden = must("streamCreate"), place = must("memoryAllocate", 4096);
 let seed = 1, calls = 0, negative = 0, products = 0;
@@ -150,6 +152,28 @@ describe.runIf(built && library !== undefined)("processes", () => {
     expect(still).toBe("still there");
     // Some of it made sense.
     expect(products).toBeGreaterThan(0);
+  });
+
+  test("a driver without managed memory's functions serves all else", () => {
+    const lines = says(
+      `start();
+       const memory = must("memoryAllocate", 4096), stream = must("streamCreate");
+       say([addon.memoryAllocateManaged(64), addon.detail()]);
+       say([addon.memoryAdvise(memory, 64, 3, -1), addon.detail()]);
+       say([addon.memoryPrefetch(memory, 64, 0, stream), addon.detail()]);
+       say(addon.fill8(memory, 1, 64, stream)); say(addon.streamSynchronize(stream));
+       try { check(addon, "memoryAllocateManaged", addon.memoryAllocateManaged(64)); } catch (e) { say([e.reason, e.detail]); }`,
+      { LIBRARY: fakeCuda("unmanaged")! },
+    );
+    const { missingSymbol } = BINDING;
+    expect(lines).toEqual([
+      [missingSymbol, "cuMemAllocManaged"],
+      [missingSymbol, "cuMemAdvise"],
+      [missingSymbol, "cuMemPrefetchAsync"],
+      0,
+      0,
+      ["driver-too-old", "the driver library lacks cuMemAllocManaged"],
+    ]);
   });
 
   test("a worker thread is refused, by the loader and by the addon", () => {

@@ -3,7 +3,14 @@ import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, beforeAll, beforeEach, describe, expect, test } from "vitest";
-import { BINDING, COMMAND_OPERANDS, COMMAND_WORDS, type CudaAddon, type Status } from "#halfbyte/backend/cuda/addon.js";
+import {
+  BINDING,
+  COMMAND_OPERANDS,
+  COMMAND_WORDS,
+  type CudaAddon,
+  HOST,
+  type Status,
+} from "#halfbyte/backend/cuda/addon.js";
 import { addonPath, check, loadAddon } from "#halfbyte/backend/cuda/load.js";
 import { CudaError, CudaUnavailableError } from "#halfbyte/core/errors.js";
 import { fakeCuda } from "../helpers/fake-cuda.js";
@@ -74,6 +81,7 @@ describe.runIf(here)("one process", () => {
     const report = join(folder, "release");
     process.env.HALFBYTE_FAKE_CUDA_REPORT = report;
     made(addon.memoryAllocate(100));
+    made(addon.memoryAllocateManaged(100));
     made(addon.hostAllocate(100));
     made(addon.moduleLoad(IMAGE));
     made(addon.eventCreate(false));
@@ -176,6 +184,67 @@ describe.runIf(here)("one process", () => {
     ok(addon.memoryFree(address(1)));
     refused(addon.memoryAllocate(0), BINDING.badArgument, /from 1 to 9007199254740991, received 0$/);
     refused(addon.memoryAllocate(2 ** 53), BINDING.badArgument, /bytes/);
+    made(addon.memoryInfo());
+    expect(addon.results[0]).toBe(free);
+  });
+
+  test("managed memory", () => {
+    made(addon.memoryInfo());
+    const free = addon.results[0]!;
+    // Without concurrentManagedAccess it takes device memory, and there are no hints.
+    const whole = made(addon.memoryAllocateManaged(1000));
+    made(addon.memoryInfo());
+    expect(addon.results[0]).toBe(free - 1000);
+    expect(addon.memoryPrefetch(whole, 1000, 0, stream)).toBe(101);
+    ok(addon.memoryFree(whole));
+    process.env.HALFBYTE_FAKE_CUDA_MANAGED = "1";
+    try {
+      const [managed, plain] = [made(addon.memoryAllocateManaged(100_000)), address(100)];
+      made(addon.memoryInfo());
+      expect(addon.results[0]).toBe(free - 100);
+      for (const device of [HOST, 0]) {
+        ok(addon.memoryAdvise(managed, 100_000, 3, device));
+        ok(addon.memoryPrefetch(managed + 10, 99_990, device, stream));
+      }
+      // It is memory like any other.
+      const host = made(addon.hostAllocate(64));
+      ok(addon.hostWrite(host, 0, new Uint8Array(64).fill(7)));
+      ok(addon.copyFromHost(managed + 100, host, 0, 64, stream));
+      ok(addon.fill8(managed + 101, 9, 1, stream));
+      ok(addon.copyOnDevice(plain, managed + 100, 64, stream));
+      ok(addon.copyToHost(host, 0, plain, 64, stream));
+      ok(addon.streamSynchronize(stream));
+      const back = new Uint8Array(64);
+      ok(addon.hostRead(host, 0, back));
+      expect([...back.subarray(0, 3)]).toEqual([7, 9, 7]);
+      ok(addon.hostFree(host));
+
+      expect(addon.memoryAdvise(plain, 100, 3, HOST)).toBe(1);
+      expect(addon.memoryPrefetch(plain, 100, 0, stream)).toBe(1);
+      expect(addon.memoryAdvise(managed, 100, 99, HOST)).toBe(1);
+      expect(addon.memoryPrefetch(managed, 100, 7, stream)).toBe(101);
+      refused(addon.memoryAllocateManaged(0), BINDING.badArgument, /from 1 to 9007199254740991, received 0$/);
+      refused(addon.memoryAdvise(managed, 100_001, 3, HOST), BINDING.badArgument, /are not inside an allocation/);
+      refused(addon.memoryAdvise(managed, 100, 0, HOST), BINDING.badArgument, /argument 3 \(advice\)/);
+      refused(addon.memoryAdvise(managed, 100, 3, -2), BINDING.badArgument, /argument 4 \(device\): .*from -1/);
+      refused(
+        addon.memoryPrefetch(managed + 99_999, 2, 0, stream),
+        BINDING.badArgument,
+        /are not inside an allocation/,
+      );
+      refused(addon.memoryPrefetch(managed, 100, 0.5, stream), BINDING.badArgument, /argument 3 \(device\)/);
+      refused(addon.memoryPrefetch(managed, 100, 0, 5), BINDING.badHandle, /argument 4 \(stream\)/);
+      expect(addon.memoryAllocateManaged(9 * 2 ** 30)).toBe(2);
+      ok(addon.memoryFree(managed));
+      refused(addon.memoryFree(managed), BINDING.badHandle, /nothing is allocated/);
+      refused(addon.memoryPrefetch(managed, 100, 0, stream), BINDING.badArgument, /are not inside an allocation/);
+      ok(addon.memoryFree(plain));
+      process.env.HALFBYTE_FAKE_CUDA_MANAGED_MEMORY = "0";
+      expect(addon.memoryAllocateManaged(64)).toBe(801);
+    } finally {
+      delete process.env.HALFBYTE_FAKE_CUDA_MANAGED;
+      delete process.env.HALFBYTE_FAKE_CUDA_MANAGED_MEMORY;
+    }
     made(addon.memoryInfo());
     expect(addon.results[0]).toBe(free);
   });

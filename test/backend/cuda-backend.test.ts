@@ -466,6 +466,7 @@ describe.runIf(HERE)("devices", () => {
         totalBytes: 8 * 2 ** 30,
         integrated: true,
         driverVersion: 13000,
+        managedMemory: true,
         concurrentManagedAccess: false,
         memoryPools: true,
       },

@@ -36,6 +36,7 @@ const ORIN: CudaDevice = {
   totalBytes: 7620 * 2 ** 20,
   integrated: true,
   driverVersion: 12060,
+  managedMemory: true,
   concurrentManagedAccess: false,
   memoryPools: true,
 };

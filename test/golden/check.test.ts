@@ -314,16 +314,21 @@ describe("a case that is not what its op needs has failed", () => {
 
 describe("what was not checked has not passed", () => {
   test("ops that this version does not have, or nobody knows, are named", async () => {
-    const cases = [{ op: "optimizer", p0: "nowhere" }, { op: "frobnicate" }, { op: "frobnicate" }, { op: "toString" }];
+    const cases = [
+      { op: "Linear4bit", weight: "nowhere" },
+      { op: "frobnicate" },
+      { op: "frobnicate" },
+      { op: "toString" },
+    ];
     const report = await check(copy([...cases, real.cases[0]!]));
     expect(report.ops).toMatchObject({
-      optimizer: { passed: 0, failed: 0, notRun: 1 },
+      Linear4bit: { passed: 0, failed: 0, notRun: 1 },
       frobnicate: { passed: 0, failed: 0, notRun: 2 },
       toString: { passed: 0, failed: 0, notRun: 1 },
       codebook: { passed: 1, failed: 0, notRun: 0 },
     });
     expect(report.notRun).toEqual([
-      { op: "optimizer", cases: 1, reason: "this version has no optimizers" },
+      { op: "Linear4bit", cases: 1, reason: "this version has no modules" },
       { op: "frobnicate", cases: 2, reason: "unknown op" },
       { op: "toString", cases: 1, reason: "unknown op" },
     ]);

@@ -29,6 +29,7 @@ export const FAKE_ORIN: CudaDevice = {
   totalBytes: 2 ** 33,
   integrated: true,
   driverVersion: 13000,
+  managedMemory: true,
   concurrentManagedAccess: false,
   memoryPools: true,
 };

@@ -13,12 +13,13 @@ let said = false;
 /**
  * The library's path, built when its source has changed; `undefined`, with the reason printed, where there is no compiler.
  * Use it as `HALFBYTE_CUDA_LIBRARY` or `CudaOptions.library`; it is cuBLASLt too, for `HALFBYTE_CUBLASLT` or `CudaOptions.blas`.
- * @param variant `"old"`: a driver, and a cuBLASLt, that lack a function the addon needs
+ * @param variant `"old"`: a driver, and a cuBLASLt, that lack a function the addon needs; `"unmanaged"`: a driver that lacks those of
+ *   managed memory
  */
-export function fakeCuda(variant?: "old"): string | undefined {
+export function fakeCuda(variant?: "old" | "unmanaged"): string | undefined {
   // A real cuBLASLt beside the fake driver would bring the real one. Tests that want the fake one name it.
   process.env.HALFBYTE_CUBLASLT ??= "off";
-  const flags = variant === "old" ? [...FLAGS, "-DFAKE_CUDA_OLD"] : FLAGS;
+  const flags = variant ? [...FLAGS, `-DFAKE_CUDA_${variant.toUpperCase()}`] : FLAGS;
   const hash = createHash("sha256").update([...flags, process.arch].join(" "));
   for (const source of SOURCES) hash.update(readFileSync(source));
   const library = join(FOLDER, `libcuda-fake-${hash.digest("hex").slice(0, 16)}.so`);

@@ -1,7 +1,7 @@
 import fc from "fast-check";
 import { describe, expect, test } from "vitest";
 import { createDynamicMap, createFp8Map, createLinearMap, createNormalMap } from "#halfbyte/quant/codebooks.js";
-import { buildSearchTable, SEARCH_HEADER, SEARCH_SHIFT, searchCode } from "#halfbyte/quant/search-table.js";
+import { buildSearchTable, SEARCH_HEADER, SEARCH_SHIFT, searchCode, stateCode } from "#halfbyte/quant/search-table.js";
 
 const CODEBOOKS: Record<string, Float32Array> = {
   dynamic: createDynamicMap(),
@@ -118,6 +118,74 @@ describe.each(Object.entries(CODEBOOKS))("search in the %s codebook", (_name, co
     expect(floor).toBeLessThan(1);
     expect(differs(floor)).toBe(true);
     expect(differs(fromBits(bitsOf(floor) - 1))).toBe(false);
+  });
+});
+
+/** The scaled states that matter beside `critical`: both zeros, every power of two with its sign, denormals. */
+function* states(code: Float32Array): Generator<number> {
+  yield* critical(code, 1000);
+  for (let upper = 0; upper < 0x10000; upper++) {
+    if ((upper & 0x7fff) <= 0x3f80) for (const lower of [0, 1, 0x8000, 0xffff]) yield fromBits(upper * 0x10000 + lower);
+  }
+}
+
+describe("optimizer states", () => {
+  const signed = createDynamicMap();
+  const unsigned = createDynamicMap(false);
+  const zero = signed.indexOf(0);
+
+  /** The contract's words: the nearest code, denormals kept; a set sign never gets the zero. */
+  function plain(code: Float32Array, s: number): number {
+    let best = s > code[255]! ? 255 : code.findIndex((value) => value >= s);
+    if (best > 0 && s <= code[255]!) {
+      const middle = Math.fround(Math.fround(code[best - 1]! + code[best]!) * 0.5);
+      if (s < middle || (s === middle && best % 2 === 1)) best--;
+    }
+    return bitsOf(s) >= 0x80000000 && best > 0 && code[best] === 0 ? best - 1 : best;
+  }
+
+  test("the signed map's table has the sign rule", () => {
+    const table = buildSearchTable(signed, { state: true })!;
+    const values = [...states(signed)];
+    const rule = (s: number): number => stateCode(signed, s);
+    expect(
+      mismatches(values, rule, (s) => plain(signed, s)),
+      "the rule",
+    ).toEqual([]);
+    expect(
+      mismatches(values, (s) => lookUp(table, s), rule),
+      "the table",
+    ).toEqual([]);
+    expect([0, 2 ** -149, -0, -(2 ** -149), -(2 ** -126)].map((s) => lookUp(table, s))).toEqual([
+      zero,
+      zero,
+      zero - 1,
+      zero - 1,
+      zero - 1,
+    ]);
+  });
+
+  test("the sign rule changes nothing but the zero of negatives", () => {
+    const table = buildSearchTable(signed)!;
+    const withRule = buildSearchTable(signed, { state: true })!;
+    const expected = (s: number): number => {
+      const code = lookUp(table, s);
+      return code === zero && bitsOf(s) >= 0x80000000 ? zero - 1 : code;
+    };
+    expect(mismatches(states(signed), (s) => lookUp(withRule, s), expected)).toEqual([]);
+  });
+
+  test("the unsigned map's plain table serves second moments, denormals among them", () => {
+    const table = buildSearchTable(unsigned)!;
+    const values = [...states(unsigned)].filter((s) => bitsOf(s) < 0x80000000);
+    expect(
+      mismatches(
+        values,
+        (s) => lookUp(table, s),
+        (s) => plain(unsigned, s),
+      ),
+    ).toEqual([]);
+    expect(unsigned[0]).toBe(0);
   });
 });
 

@@ -1,6 +1,15 @@
 /** The cpu backend: the arena and the command stream behind the Backend interface. */
 import { availableParallelism } from "node:os";
-import type { Backend, BackendState, DeviceMemory, LaunchContext } from "../../core/backend.js";
+import {
+  type Backend,
+  type BackendState,
+  type DeviceMemory,
+  type LaunchContext,
+  PEEK_BYTES,
+  type Peek,
+  type PeekRoom,
+  type Reached,
+} from "../../core/backend.js";
 import { ArgumentError, BackendError, DisposedError } from "../../core/errors.js";
 import {
   type Address,
@@ -13,6 +22,7 @@ import {
 import { Arena, type CpuStorage } from "./arena.js";
 import { CPU_KERNELS, type Partition } from "./kernels.js";
 import * as L from "./layout.js";
+import { StagingRing } from "./staging.js";
 import { CommandStream } from "./stream.js";
 
 export interface CpuOptions {
@@ -43,6 +53,12 @@ interface Pin {
   taken: Uint8Array<ArrayBuffer> | undefined;
 }
 
+/** A constant, and the epoch in which its bytes were written. */
+interface Constant {
+  readonly storage: CpuStorage;
+  epoch: number;
+}
+
 /** Reads of at most this many bytes are copied aside on the stream, so that later launches need not wait for them. */
 const SMALL_READ = 1 << 16;
 
@@ -52,11 +68,13 @@ export class CpuBackend implements Backend {
   private readonly stream: CommandStream;
   private readonly arena: Arena;
   private readonly pins = new Set<Pin>();
-  private readonly constants = new WeakMap<object, CpuStorage>();
+  private readonly staging: StagingRing;
+  private readonly constants = new WeakMap<object, Constant>();
   private readonly constantsGone: FinalizationRegistry<CpuStorage>;
   private readonly floatWord = new Float32Array(1);
   private readonly floatBits = new Int32Array(this.floatWord.buffer);
   private closed = false;
+  epoch = 0;
 
   constructor(options: CpuOptions = {}) {
     this.threads = threadCount(options.threads);
@@ -70,6 +88,7 @@ export class CpuBackend implements Backend {
       limitBytes: limit,
       guards: options.guards ?? false,
     });
+    this.staging = new StagingRing((bytes) => this.reserve(bytes, true));
     this.constantsGone = new FinalizationRegistry((storage) => this.release(storage));
   }
 
@@ -79,6 +98,13 @@ export class CpuBackend implements Backend {
 
   allocate(bytes: number): Storage {
     return this.reserve(bytes, false);
+  }
+
+  /** Nothing to bring: memory is memory. */
+  prefetch(): void {}
+
+  addressOf({ storage, byteOffset }: Address): number {
+    return storage.offset + byteOffset;
   }
 
   release(storage: Storage): void {
@@ -98,12 +124,23 @@ export class CpuBackend implements Backend {
       return;
     }
     // Commands before this one still use the destination: stage the bytes and let the stream put them in place.
+    const to = { storage: dst, byteOffset: dstOffset };
+    const place = this.staging.take(src.byteLength, this.stream.low);
+    if (place) {
+      this.bytes((place.storage as CpuStorage).offset + place.byteOffset, src.byteLength).set(src);
+      try {
+        this.launch("copy", { src: place, dst: to, bytes: src.byteLength });
+      } finally {
+        this.staging.use(this.stream.head);
+      }
+      return;
+    }
     const staging = this.reserve(src.byteLength, true);
     try {
       if (staging.lastUse > this.stream.low) this.stream.drainSync();
       this.bytes(staging.offset, src.byteLength).set(src);
       const from = { storage: staging, byteOffset: 0 };
-      this.launch("copy", { src: from, dst: { storage: dst, byteOffset: dstOffset }, bytes: src.byteLength });
+      this.launch("copy", { src: from, dst: to, bytes: src.byteLength });
     } finally {
       this.release(staging);
     }
@@ -151,7 +188,42 @@ export class CpuBackend implements Backend {
     return this.copyOut(src as CpuStorage, srcOffset, bytes);
   }
 
-  launch<K extends KernelName>(kernel: K, operands: Operands<K>, context?: LaunchContext): void {
+  reservePeek(): PeekRoom {
+    const storage = this.reserve(PEEK_BYTES, true);
+    return new CpuPeekRoom(storage, () => this.release(storage));
+  }
+
+  /** Nothing to load: all kernels are there. */
+  load(): void {
+    this.check("load");
+  }
+
+  peek(src: Storage, srcOffset: number, bytes: number, room: PeekRoom = this.reservePeek()): Peek {
+    const copy = (room as CpuPeekRoom).use();
+    try {
+      this.check("peek");
+      if (!(Number.isInteger(bytes) && bytes >= 1 && bytes <= PEEK_BYTES)) {
+        throw new ArgumentError("peek", "bytes", `an integer from 1 to ${PEEK_BYTES}`, String(bytes));
+      }
+      this.launch("copy", {
+        src: { storage: src, byteOffset: srcOffset },
+        dst: { storage: copy, byteOffset: 0 },
+        bytes,
+      });
+      const { epoch } = this;
+      const isLost = (): boolean => this.epoch !== epoch;
+      return new CpuPeek(this.stream, this.stream.fence(), isLost, () => {
+        const result = this.copyOut(copy, 0, bytes);
+        this.release(copy);
+        return result;
+      });
+    } catch (error) {
+      this.release(copy);
+      throw error;
+    }
+  }
+
+  launch<K extends KernelName>(kernel: K, operands: Operands<K>, context?: LaunchContext, reached?: Reached): void {
     this.check("launch");
     const partition: Partition<K> = CPU_KERNELS[kernel];
     const units = partition.units(operands);
@@ -159,7 +231,10 @@ export class CpuBackend implements Backend {
     const per = partition.per(operands);
     const { names, types } = PLANS[kernel];
     const values = operands as Readonly<Record<string, Address | number | null>>;
-    if (this.pins.size > 0) this.settleOutputs(names, types, values);
+    if (this.pins.size > 0) {
+      this.settleOutputs(names, types, values);
+      if (reached) for (const { storage } of reached.writes) this.settleReads(storage as CpuStorage);
+    }
     const stream = this.stream;
     const at = stream.begin(kernel, units, per, context);
     const words = this.words;
@@ -181,6 +256,11 @@ export class CpuBackend implements Backend {
         words[at + i] = value as number;
       }
     }
+    if (reached) {
+      const last = stream.head + 1;
+      for (const { storage } of reached.reads) (storage as CpuStorage).lastUse = last;
+      for (const { storage } of reached.writes) (storage as CpuStorage).lastUse = last;
+    }
     stream.publish(Math.ceil(units / per));
   }
 
@@ -190,19 +270,24 @@ export class CpuBackend implements Backend {
   }
 
   constant(key: object, bytes: () => Uint8Array): Storage {
-    let storage = this.constants.get(key);
-    if (!storage) {
-      const data = bytes();
-      storage = this.reserve(data.byteLength, true);
-      try {
-        this.write(storage, 0, data);
-      } catch (error) {
-        this.release(storage);
-        throw error;
-      }
-      this.constants.set(key, storage);
-      this.constantsGone.register(key, storage);
+    const { epoch } = this;
+    const known = this.constants.get(key);
+    if (known) {
+      // Its bytes may have been on their way when the stream was stopped.
+      if (known.epoch !== epoch) this.write(known.storage, 0, bytes());
+      known.epoch = epoch;
+      return known.storage;
     }
+    const data = bytes();
+    const storage = this.reserve(data.byteLength, true);
+    try {
+      this.write(storage, 0, data);
+    } catch (error) {
+      this.release(storage);
+      throw error;
+    }
+    this.constants.set(key, { storage, epoch });
+    this.constantsGone.register(key, storage);
     return storage;
   }
 
@@ -213,6 +298,8 @@ export class CpuBackend implements Backend {
       reservedBytes: this.arena.internalBytes + this.stream.heapBase,
       committedBytes: this.arena.committedBytes,
       limitBytes: this.arena.limitBytes,
+      pagedBytes: 0,
+      paging: "plain memory: there is nothing to page",
     };
   }
 
@@ -224,6 +311,7 @@ export class CpuBackend implements Backend {
 
   async restart(): Promise<void> {
     if (this.closed) throw new DisposedError("the cpu backend", "restart");
+    this.epoch++;
     await this.stream.restart();
   }
 
@@ -284,6 +372,72 @@ export class CpuBackend implements Backend {
 
   private bytes(offset: number, length: number): Uint8Array {
     return new Uint8Array(this.stream.memory.buffer, offset, length);
+  }
+}
+
+class CpuPeekRoom implements PeekRoom {
+  private over = false;
+
+  constructor(
+    private readonly storage: CpuStorage,
+    private readonly release: () => void,
+  ) {}
+
+  /** The memory, now the caller's. @throws BackendError when it was used or dropped */
+  use(): CpuStorage {
+    if (this.over) throw new BackendError("cpu", "the room for a peek is gone");
+    this.over = true;
+    return this.storage;
+  }
+
+  drop(): void {
+    if (!this.over) this.release();
+    this.over = true;
+  }
+}
+
+class CpuPeek implements Peek {
+  private result: Uint8Array<ArrayBuffer> | undefined;
+  /** Its memory was given back. */
+  private over = false;
+
+  constructor(
+    private readonly stream: CommandStream,
+    private readonly fence: number,
+    /** Whether the backend was restarted since. */
+    private readonly isLost: () => boolean,
+    /** Gives the bytes and what held them; called once. */
+    private readonly take: () => Uint8Array<ArrayBuffer>,
+  ) {}
+
+  poll(): Uint8Array<ArrayBuffer> | undefined {
+    if (this.result) return this.result;
+    this.check();
+    if (this.stream.hasPassed(this.fence)) this.finish();
+    return this.result;
+  }
+
+  wait(): Uint8Array<ArrayBuffer> {
+    if (this.result) return this.result;
+    this.check();
+    this.stream.waitFor(this.fence);
+    return this.finish();
+  }
+
+  drop(): void {
+    if (!this.over) this.take();
+    this.over = true;
+  }
+
+  private finish(): Uint8Array<ArrayBuffer> {
+    this.over = true;
+    this.result = this.take();
+    return this.result;
+  }
+
+  private check(): void {
+    if (this.isLost()) throw new BackendError("cpu", "the backend was restarted");
+    if (this.over) throw new BackendError("cpu", "a peek was dropped");
   }
 }
 

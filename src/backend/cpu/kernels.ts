@@ -5,6 +5,7 @@
  */
 import type { KernelName, Operands } from "../../core/kernels.js";
 import { SUM_CHUNK } from "../../core/kernels.js";
+import { OPTIMIZER_CHUNK } from "../../core/optimizers.js";
 import { ceilDiv } from "../../core/shape.js";
 import {
   DEQUANT_TILE,
@@ -53,6 +54,12 @@ const codeTilesPer = (o: { m: number; k: number }): number =>
 
 const matmulTiles = (o: { m: number; n: number; batch: number }): number =>
   o.batch * ceilDiv(o.m, MATMUL_ROWS) * ceilDiv(o.n, MATMUL_PANEL);
+
+/** Chunks of a list: half a usual part, because an element of an optimizer costs more. */
+const chunks = {
+  units: (o: { count: number }) => o.count,
+  per: () => PART_ELEMENTS / 2 / OPTIMIZER_CHUNK,
+};
 
 export const CPU_KERNELS: { readonly [K in KernelName]: Partition<K> } = {
   copy: { units: (o) => o.bytes, per: () => PART_BYTES },
@@ -104,4 +111,15 @@ export const CPU_KERNELS: { readonly [K in KernelName]: Partition<K> } = {
     units: (o) => o.rows * ceilDiv(o.n, SPMM_WIDTH),
     per: (o) => Math.max(1, Math.min(64, Math.floor((PART_ELEMENTS * o.rows) / (SPMM_WIDTH * Math.max(1, o.nnz))))),
   },
+  optimizerUpdate32bit: chunks,
+  optimizerUpdate8bitBlockwise: chunks,
+  optimizerNorms32bit: chunks,
+  optimizerNorms8bitBlockwise: chunks,
+  optimizerRatios: { units: (o) => o.records, per: () => 64 },
+  gradientCheck: chunks,
+  gradientVerdict: { units: () => 1, per: () => 1 },
+  gradientSumSquares: chunks,
+  tensorNorms: { units: (o) => o.records, per: () => 8 },
+  clipCoefficient: { units: () => 1, per: () => 1 },
+  scaleGradients: chunks,
 };

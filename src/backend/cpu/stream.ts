@@ -148,6 +148,19 @@ export class CommandStream {
     if (fault) throw fault;
   }
 
+  /** Whether everything before a fence is complete. @throws BackendError when the stream has failed */
+  hasPassed(fence: number): boolean {
+    this.noticeAbort();
+    if (this.failure) throw this.failure;
+    return this.fenced >= fence;
+  }
+
+  /** Blocks until everything before a fence is complete, leaving faults for the next read. @throws BackendError */
+  waitFor(fence: number): void {
+    if (this.failure) throw this.failure;
+    if (this.fenced < fence) this.blockUntil(fence);
+  }
+
   /** Blocks until everything enqueued so far is complete, leaving faults for the next read. */
   drainSync(): void {
     if (!this.failure && this.low < this.head) this.blockUntil(this.fence());
@@ -212,7 +225,8 @@ export class CommandStream {
     return this.stopping ?? Promise.resolve();
   }
 
-  private fence(): number {
+  /** Enqueues a fence; the number that `hasPassed` and `waitFor` know it by. */
+  fence(): number {
     if (this.head === this.lastFence) return this.lastFence;
     const at = this.begin(null, 1, 1, undefined);
     this.lastFence = this.head + 1;

@@ -33,6 +33,9 @@ export const BLAS_STATUS = -1000;
 
 export type Status = number;
 
+/** The host, where `memoryAdvise` and `memoryPrefetch` take a device (CU_DEVICE_CPU). */
+export const HOST = -1;
+
 /** A launch, as words of `CudaAddon.command`; the operand struct follows at byte COMMAND_OPERANDS. */
 export const COMMAND_WORDS = { func: 0, grid: 1, block: 2, shared: 3, stream: 4, operandBytes: 5 } as const;
 export const COMMAND_OPERANDS = 64;
@@ -108,6 +111,15 @@ export interface CudaAddon {
   memoryInfo(): Status;
   /** results[0]: a device address. */
   memoryAllocate(bytes: number): Status;
+  /**
+   * Managed memory, for every stream (CU_MEM_ATTACH_GLOBAL); `memoryFree` gives it back. results[0]: an address. Like the two that
+   * follow `missingSymbol` where the driver lacks the function: only managed memory needs it.
+   */
+  memoryAllocateManaged(bytes: number): Status;
+  /** A CUmem_advise about managed memory; `device` is what it names, HOST for the host. */
+  memoryAdvise(address: number, bytes: number, advice: number, device: number): Status;
+  /** Moves the pages of managed memory to a device, or HOST, in stream order. Only for devices with concurrentManagedAccess. */
+  memoryPrefetch(address: number, bytes: number, device: number, stream: number): Status;
   memoryFree(address: number): Status;
   /** Page-locked host memory. results[0]: a handle. */
   hostAllocate(bytes: number): Status;

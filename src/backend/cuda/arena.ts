@@ -3,11 +3,14 @@
  * allocations are blocks of them, best fit, split on demand and merged with their neighbours when they are released. Requests
  * up to a mebibyte share segments of two; larger ones have segments of their own, so that those can go back to the driver.
  * Allocation is ordered with the backend's one stream: a released block may be handed out at once, because what uses it next
- * runs later. (The cpu's arena is one range that grows; what the two have in common is too little to share.)
+ * runs later. Paged allocations are not cut from segments: see paged.ts. (The cpu's arena is one range that grows; what the two
+ * have in common is too little to share.)
  */
 import { OutOfMemoryError } from "../../core/errors.js";
 import type { Address, Storage } from "../../core/kernels.js";
+import { type Block, FreeBlocks, join, type Segment } from "./blocks.js";
 import { CUDA_STATUS } from "./device.js";
+import { PagedMemory, type PagedOptions } from "./paged.js";
 import type { CudaStream } from "./stream.js";
 
 /** What cuMemAlloc aligns to, so that every kernel may use its widest loads and no two allocations share a line. */
@@ -42,6 +45,11 @@ export class CudaStorage implements Storage {
     this.offset = block.offset + guard;
     this.address = block.segment.address + this.offset;
   }
+
+  /** Whether its pages move between host and GPU. */
+  get paged(): boolean {
+    return this.block.segment.paged;
+  }
 }
 
 /** Where an operand lies for the GPU; 0 for none. */
@@ -49,65 +57,6 @@ export function addressOf(address: Address | null): number {
   return address === null ? 0 : (address.storage as CudaStorage).address + address.byteOffset;
 }
 
-interface Segment {
-  readonly id: number;
-  readonly address: number;
-  readonly bytes: number;
-  readonly small: boolean;
-  first: Block;
-}
-
-/** A part of a segment, between its neighbours. */
-interface Block {
-  readonly segment: Segment;
-  offset: number;
-  bytes: number;
-  free: boolean;
-  before: Block | undefined;
-  after: Block | undefined;
-}
-
-/** Free blocks by size, then address. */
-class FreeBlocks {
-  private readonly sorted: Block[] = [];
-
-  add(block: Block): void {
-    this.sorted.splice(this.find(block.bytes, placeOf(block)), 0, block);
-  }
-
-  remove(block: Block): void {
-    this.sorted.splice(this.find(block.bytes, placeOf(block)), 1);
-  }
-
-  /** The smallest block that holds `bytes`, the lowest of several. */
-  bestFit(bytes: number): Block | undefined {
-    return this.sorted[this.find(bytes, 0)];
-  }
-
-  /** The blocks that are whole segments. */
-  whole(): Block[] {
-    return this.sorted.filter((block) => block.bytes === block.segment.bytes);
-  }
-
-  get bytes(): number {
-    return this.sorted.reduce((sum, block) => sum + block.bytes, 0);
-  }
-
-  /** Where a block of this size and address is, or would be. */
-  private find(bytes: number, address: number): number {
-    let low = 0;
-    let high = this.sorted.length;
-    while (low < high) {
-      const mid = (low + high) >> 1;
-      const block = this.sorted[mid]!;
-      if (block.bytes < bytes || (block.bytes === bytes && placeOf(block) < address)) low = mid + 1;
-      else high = mid;
-    }
-    return low;
-  }
-}
-
-const placeOf = (block: Block): number => block.segment.address + block.offset;
 const roundUp = (bytes: number, to: number): number => Math.ceil(bytes / to) * to;
 
 export interface ArenaOptions {
@@ -121,6 +70,8 @@ export interface ArenaOptions {
   readonly free: () => number;
   /** Take no more than `free` says: the driver of an integrated GPU goes on where the system then kills a process. */
   readonly careful: boolean;
+  /** Undefined: paged allocations are plain ones. */
+  readonly paged?: PagedOptions | undefined;
 }
 
 /** What a segment holds, for tests and diagnosis. */
@@ -135,11 +86,14 @@ export class Arena {
   private readonly free = { small: new FreeBlocks(), large: new FreeBlocks() };
   private readonly live = new Set<CudaStorage>();
   private readonly guard: number;
+  private readonly paged: PagedMemory | undefined;
   private nextId = 0;
   readonly limitBytes: number;
   committedBytes = 0;
   bytes = 0;
   allocations = 0;
+  /** Of `bytes`, those of paged allocations. */
+  pagedBytes = 0;
   internalBytes = 0;
 
   constructor(
@@ -148,23 +102,19 @@ export class Arena {
   ) {
     this.guard = options.guards ? GUARD : 0;
     this.limitBytes = options.limitBytes;
+    if (options.paged) {
+      this.paged = new PagedMemory(stream, options.paged, this.limitBytes, () => this.room(false));
+    }
   }
 
   get guarded(): boolean {
     return this.guard > 0;
   }
 
-  /** @throws OutOfMemoryError, CudaError */
-  allocate(bytes: number, internal: boolean): CudaStorage {
+  /** @throws OutOfMemoryError, CudaError, CudaUnavailableError when the driver lacks a function for paged memory */
+  allocate(bytes: number, internal: boolean, paged = false): CudaStorage {
     const need = Math.max(ALIGN, roundUp(bytes, ALIGN)) + 2 * this.guard;
-    const small = need <= SMALL;
-    const pool = small ? this.free.small : this.free.large;
-    const block =
-      pool.bestFit(need) ?? this.grow(need, small) ?? this.free.large.bestFit(need) ?? this.free.small.bestFit(need);
-    if (!block) throw this.outOfMemory(bytes);
-    this.poolOf(block).remove(block);
-    block.free = false;
-    if (block.bytes > need) this.split(block, need);
+    const block = paged && this.paged ? this.takePaged(this.paged, need, bytes) : this.take(need, bytes);
     const storage = new CudaStorage(block, this.guard, bytes, internal);
     if (this.guard) {
       try {
@@ -179,8 +129,23 @@ export class Arena {
     else {
       this.bytes += bytes;
       this.allocations++;
+      if (storage.paged) this.pagedBytes += bytes;
     }
     return storage;
+  }
+
+  /** Brings the pages of paged allocations to the GPU, in stream order. @throws CudaError when the device has failed */
+  prefetch(storages: Iterable<Storage>): void {
+    if (!this.paged) return;
+    // Several tensors may share a storage. No two paged ones share a driver's allocation, so there are no neighbours to join.
+    for (const storage of new Set(storages) as Set<CudaStorage>) {
+      if (storage.paged && this.live.has(storage)) this.paged.prefetch(storage.address, storage.bytes);
+    }
+  }
+
+  /** What the driver said when it last refused a hint about paged memory. */
+  get refusedHint(): string | undefined {
+    return this.paged?.refused;
   }
 
   /** @throws Error when a guard was overwritten (guards on only) */
@@ -190,9 +155,13 @@ export class Arena {
     else {
       this.bytes -= storage.bytes;
       this.allocations--;
+      if (storage.paged) this.pagedBytes -= storage.bytes;
     }
-    this.giveBack(storage.block);
-    if (this.guard && !this.stream.failure) this.checkStorage(storage);
+    try {
+      if (this.guard && !this.stream.failure) this.checkStorage(storage);
+    } finally {
+      this.giveBack(storage.block);
+    }
   }
 
   /** Checks the guards of every live allocation. @throws Error naming the first overrun. No-op without guards. */
@@ -200,11 +169,15 @@ export class Arena {
     if (this.guard) for (const storage of this.live) this.checkStorage(storage);
   }
 
-  /** Gives cached segments that hold nothing back to the driver, once the stream is drained; says whether there were any. */
+  /**
+   * Gives cached segments that hold nothing, and released paged memory, back to the driver, once the stream is drained; says
+   * whether there were any.
+   */
   trim(): boolean {
     const empty = [...this.free.small.whole(), ...this.free.large.whole()];
-    if (empty.length === 0) return false;
+    if (empty.length === 0 && !this.paged?.leaving) return false;
     this.stream.drain();
+    this.paged?.reclaim();
     for (const block of empty) {
       const { segment } = block;
       this.stream.check("memoryFree", this.stream.addon.memoryFree(segment.address));
@@ -218,6 +191,7 @@ export class Arena {
   /** Gives everything back, whatever is alive. For the end; errors of a failed device are ignored. */
   close(): void {
     for (const { address } of this.segments.values()) this.stream.addon.memoryFree(address);
+    this.paged?.close();
     this.segments.clear();
     this.live.clear();
     this.committedBytes = 0;
@@ -234,6 +208,28 @@ export class Arena {
     });
   }
 
+  /** A block of device memory. `bytes` is what was asked for, for the error. @throws OutOfMemoryError, CudaError */
+  private take(need: number, bytes: number): Block {
+    const small = need <= SMALL;
+    const pool = small ? this.free.small : this.free.large;
+    const block =
+      pool.bestFit(need) ?? this.grow(need, small) ?? this.free.large.bestFit(need) ?? this.free.small.bestFit(need);
+    if (!block) throw this.outOfMemory(bytes);
+    this.poolOf(block).remove(block);
+    block.free = false;
+    if (block.bytes > need) this.split(block, need);
+    return block;
+  }
+
+  /** The same of managed memory. */
+  private takePaged(paged: PagedMemory, need: number, bytes: number): Block {
+    const allocate = (): Block | undefined => paged.allocate(need, this.nextId);
+    const block = allocate() ?? (this.trim() ? allocate() : undefined);
+    if (!block) throw paged.outOfMemory(bytes);
+    this.nextId++;
+    return block;
+  }
+
   /** A new segment as one free block, or undefined when neither limit nor driver allow one. */
   private grow(need: number, small: boolean): Block | undefined {
     let room = this.room(this.options.careful);
@@ -246,7 +242,7 @@ export class Arena {
     if (status === CUDA_STATUS.outOfMemory && this.trim()) status = allocate();
     if (status === CUDA_STATUS.outOfMemory) return undefined;
     this.stream.check("memoryAllocate", status);
-    const segment = { id: this.nextId++, address: addon.results[0]!, bytes, small } as Segment;
+    const segment = { id: this.nextId++, address: addon.results[0]!, bytes, small, paged: false } as Segment;
     segment.first = { segment, offset: 0, bytes, free: true, before: undefined, after: undefined };
     this.segments.set(segment.id, segment);
     this.committedBytes += bytes;
@@ -255,7 +251,7 @@ export class Arena {
   }
 
   private room(asked: boolean): number {
-    const room = this.limitBytes - this.committedBytes;
+    const room = this.limitBytes - this.committedBytes - (this.paged?.deviceBytes ?? 0);
     return asked ? Math.min(room, this.options.free()) : room;
   }
 
@@ -280,6 +276,10 @@ export class Arena {
   }
 
   private giveBack(block: Block): void {
+    if (block.segment.paged) {
+      this.paged!.release(block);
+      return;
+    }
     const pool = this.poolOf(block);
     let whole = block;
     const { before, after } = block;
@@ -312,12 +312,6 @@ export class Arena {
       throw new Error(`[cuda] guard overwritten ${side} an allocation of ${storage.bytes} bytes`);
     }
   }
-}
-
-function join(block: Block, next: Block): void {
-  block.bytes += next.bytes;
-  block.after = next.after;
-  if (next.after) next.after.before = block;
 }
 
 function guardRanges({ address, bytes }: CudaStorage): [number, number][] {

@@ -1,6 +1,14 @@
 /** The cuda backend: arena, stream, staging and kernel images behind the Backend interface. */
 import { fileURLToPath } from "node:url";
-import type { Backend, BackendState, DeviceMemory, LaunchContext } from "../../core/backend.js";
+import type {
+  Backend,
+  BackendState,
+  DeviceMemory,
+  LaunchContext,
+  Peek,
+  PeekRoom,
+  Reached,
+} from "../../core/backend.js";
 import { DTYPE_ID } from "../../core/dtype.js";
 import { ArgumentError, BackendError, DisposedError } from "../../core/errors.js";
 import {
@@ -20,12 +28,13 @@ import { COMMAND_OPERANDS } from "./addon.js";
 import { Arena, addressOf, type CudaStorage } from "./arena.js";
 import { CudaBlas } from "./blas.js";
 import { SharedContext } from "./context.js";
-import { type CudaDevice, findDevice, openDriver } from "./device.js";
+import { type CudaDevice, describePaging, findDevice, openDriver, pagingOf } from "./device.js";
 import { FaultWord } from "./faults.js";
 import { CUDA_KERNELS } from "./kernels.js";
 import type { Launch, Plan } from "./launch.js";
 import { type CudaLayout, cudaLayout } from "./layout.js";
 import { KernelModules } from "./modules.js";
+import { Peeks } from "./peeks.js";
 import { ReadQueue } from "./reads.js";
 import { PinnedMemory, WriteRing } from "./staging.js";
 import { CudaStream } from "./stream.js";
@@ -35,7 +44,8 @@ export interface CudaOptions {
   readonly device?: number;
   /**
    * Most bytes of device memory to take. Default: all that the GPU has; on an integrated GPU, which shares its memory with the
-   * system, what is available when the backend is made. There no allocation takes more than what is available at that time.
+   * system, what is available when the backend is made. There no allocation takes more than what is available at that time. Paged
+   * memory does not count where its pages move on demand: its limit is what the host has available at its first allocation.
    */
   readonly memoryLimit?: number;
   /** Surround every allocation with known bytes and check them on release: finds kernels that overrun. Very slow. */
@@ -91,6 +101,7 @@ export class CudaBackend implements Backend {
   private readonly pinned: PinnedMemory;
   private readonly writes: WriteRing;
   private readonly reads: ReadQueue;
+  private readonly peeks: Peeks;
   private readonly faults: FaultWord;
   private readonly modules: KernelModules;
   private readonly blas: CudaBlas;
@@ -100,6 +111,7 @@ export class CudaBackend implements Backend {
   private readonly constantsGone: FinalizationRegistry<CudaStorage>;
   private guardPeek: number | undefined;
   private closing: Promise<void> | undefined;
+  epoch = 0;
 
   /**
    * Opens the driver and takes the GPU. Main thread only.
@@ -122,13 +134,16 @@ export class CudaBackend implements Backend {
       this.context.release();
       throw error;
     }
-    const limitBytes = Math.min(memoryLimit ?? (integrated ? availableMemory().bytes : totalBytes), totalBytes);
+    const hostFree = (): number => availableMemory().bytes;
+    const limitBytes = Math.min(memoryLimit ?? (integrated ? hostFree() : totalBytes), totalBytes);
+    const paging = pagingOf(this.info);
     this.arena = new Arena(this.stream, {
       limitBytes,
       guards: options.guards ?? false,
-      peek: (address, bytes) => this.peek(address, bytes),
-      free: () => (integrated ? availableMemory().bytes : addon.memoryInfo() === 0 ? addon.results[0]! : 0),
+      peek: (address, bytes) => this.guardBytes(address, bytes),
+      free: () => (integrated ? hostFree() : addon.memoryInfo() === 0 ? addon.results[0]! : 0),
       careful: integrated,
+      paged: paging === "plain" ? undefined : { device: ordinal, onDemand: paging === "on demand", hostFree },
     });
     this.stream.relieve = () => this.arena.trim();
     this.pinned = new PinnedMemory(this.stream);
@@ -137,6 +152,7 @@ export class CudaBackend implements Backend {
     this.reads = new ReadQueue(this.stream, this.faults, this.pinned, integrated, (storage) =>
       this.arena.release(storage),
     );
+    this.peeks = new Peeks(this.stream, this.pinned, () => this.epoch);
     this.modules = new KernelModules(this.stream, this.info, kernelFolder(options.kernels), (family) => {
       if (integrated) this.warmUp(family);
     });
@@ -155,9 +171,18 @@ export class CudaBackend implements Backend {
     return this.closing ? "closed" : this.stream.failure ? "failed" : "ready";
   }
 
-  allocate(bytes: number): Storage {
+  allocate(bytes: number, paged = false): Storage {
     this.check("allocate");
-    return this.arena.allocate(bytes, false);
+    return this.arena.allocate(bytes, false, paged);
+  }
+
+  prefetch(storages: readonly Storage[]): void {
+    this.check("prefetch");
+    this.arena.prefetch(storages);
+  }
+
+  addressOf(address: Address): number {
+    return addressOf(address);
   }
 
   release(storage: Storage): void {
@@ -185,19 +210,42 @@ export class CudaBackend implements Backend {
     return this.reads.readSync(src as CudaStorage, srcOffset, bytes);
   }
 
-  launch<K extends KernelName>(kernel: K, operands: Operands<K>, context?: LaunchContext): void {
+  peek(src: Storage, srcOffset: number, bytes: number, room?: PeekRoom): Peek {
+    try {
+      this.check("peek");
+    } catch (error) {
+      room?.drop();
+      throw error;
+    }
+    return this.peeks.peek(src as CudaStorage, srcOffset, bytes, room);
+  }
+
+  reservePeek(): PeekRoom {
+    this.check("reservePeek");
+    return this.peeks.reserve();
+  }
+
+  load<K extends KernelName>(kernel: K, operands: Operands<K>): void {
+    this.check("load");
+    const launch = this.planned(kernel, operands);
+    if (launch === undefined) return;
+    if (launch !== "driver") this.modules.entry(KERNEL_FAMILY[kernel], launch);
+    if (PACKINGS[kernel].fault) this.faults.address;
+  }
+
+  launch<K extends KernelName>(kernel: K, operands: Operands<K>, context?: LaunchContext, reached?: Reached): void {
     this.check("launch");
     const packing = PACKINGS[kernel];
     const values = operands as Values;
     if (kernel === "matmul" || kernel === "igemm") {
       if (this.multiply(kernel, operands as Operands<"matmul" | "igemm">, packing, context)) return;
     }
-    const plan: Plan<K> = CUDA_KERNELS[kernel];
-    let launch = plan(operands);
+    const launch = this.planned(kernel, operands);
     if (launch === undefined) return;
-    if (launch !== "driver" && launch.fallback && this.lacks(launch)) launch = launch.fallback();
-    if (launch === undefined) return;
-    if (this.reads.pinning) this.settleOutputs(packing, values);
+    if (this.reads.pinning) {
+      this.settleOutputs(packing, values);
+      if (reached) for (const { storage } of reached.writes) this.reads.settle(storage as CudaStorage);
+    }
     // Before the operands are packed: loading a family may launch its warm-up.
     const entry = launch === "driver" ? undefined : this.modules.entry(KERNEL_FAMILY[kernel], launch);
     this.pack(packing, values, context);
@@ -231,12 +279,17 @@ export class CudaBackend implements Backend {
 
   /** `reservedBytes` and `committedBytes` include page-locked host memory. */
   memory(): DeviceMemory {
+    const { refusedHint } = this.arena;
     return {
       bytes: this.arena.bytes,
       allocations: this.arena.allocations,
       reservedBytes: this.arena.internalBytes + this.pinned.bytes,
       committedBytes: this.arena.committedBytes + this.pinned.bytes,
       limitBytes: this.arena.limitBytes,
+      pagedBytes: this.arena.pagedBytes,
+      paging: refusedHint
+        ? `${describePaging(this.info)}; refused by the driver: ${refusedHint}`
+        : describePaging(this.info),
     };
   }
 
@@ -280,6 +333,7 @@ export class CudaBackend implements Backend {
       const reason = `the device has failed (${failure.reason}) and the driver refuses this process from then on: start the process again to use cuda`;
       throw new BackendError("cuda", reason, undefined, { cause: failure });
     }
+    this.epoch++;
     this.reads.fail(new BackendError("cuda", "the backend was restarted"));
     this.faults.reset();
   }
@@ -293,6 +347,7 @@ export class CudaBackend implements Backend {
     const { stream } = this;
     this.reads.fail(new BackendError("cuda", "the backend was closed"));
     await stream.settled();
+    this.peeks.close();
     this.modules.close();
     this.blas.close();
     this.writes.close();
@@ -336,6 +391,14 @@ export class CudaBackend implements Backend {
     } finally {
       this.arena.release(storage);
     }
+  }
+
+  /** How a kernel is launched; undefined: not at all, as there is nothing to do. */
+  private planned<K extends KernelName>(kernel: K, operands: Operands<K>): ReturnType<Plan<K>> {
+    const plan: Plan<K> = CUDA_KERNELS[kernel];
+    const launch = plan(operands);
+    if (launch === undefined || launch === "driver") return launch;
+    return launch.fallback && this.lacks(launch) ? launch.fallback() : launch;
   }
 
   /** Whether this GPU lacks what a launch that has a fallback needs. */
@@ -418,7 +481,7 @@ export class CudaBackend implements Backend {
   }
 
   /** Device bytes after everything enqueued so far; blocks. */
-  private peek(address: number, bytes: number): Uint8Array {
+  private guardBytes(address: number, bytes: number): Uint8Array {
     const { stream } = this;
     if (this.guardPeek === undefined) {
       this.guardPeek = this.pinned.tryAllocate(GUARD_PEEK);

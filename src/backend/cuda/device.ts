@@ -21,7 +21,9 @@ export interface CudaDevice {
   readonly integrated: boolean;
   /** The CUDA version the driver was made for: 13000 for 13.0. */
   readonly driverVersion: number;
-  /** Host and GPU may touch managed memory at the same time. */
+  /** Has memory whose pages the driver moves between host and GPU. */
+  readonly managedMemory: boolean;
+  /** Host and GPU may touch managed memory at the same time: pages then move one by one, when they are used or prefetched. */
   readonly concurrentManagedAccess: boolean;
   readonly memoryPools: boolean;
 }
@@ -32,10 +34,37 @@ const ATTRIBUTE = {
   integrated: 18,
   capabilityMajor: 75,
   capabilityMinor: 76,
+  managedMemory: 83,
   concurrentManagedAccess: 89,
   sharedBytesPerBlock: 97,
   memoryPools: 115,
 } as const;
+
+/**
+ * What paged memory is on a GPU. `on demand`: managed memory, pages move when they are used or prefetched. `whole`: managed memory that
+ * the driver has on the GPU as a whole when a kernel runs, so never more than the GPU has, and without prefetch (Windows, WSL).
+ * `plain`: device memory.
+ */
+export type Paging = "on demand" | "whole" | "plain";
+
+export function pagingOf({ integrated, managedMemory, concurrentManagedAccess }: CudaDevice): Paging {
+  if (integrated || !managedMemory) return "plain";
+  return concurrentManagedAccess ? "on demand" : "whole";
+}
+
+/** The same in words. */
+export function describePaging(device: CudaDevice): string {
+  switch (pagingOf(device)) {
+    case "on demand":
+      return "managed memory: its pages move between host and GPU, are prefetched, and count against the host's memory";
+    case "whole":
+      return "managed memory that must fit on the GPU: this driver cannot page on demand (concurrentManagedAccess is 0)";
+    case "plain":
+      return device.integrated
+        ? "plain device memory: host and GPU share their memory, so there is nothing to page"
+        : "plain device memory: this GPU has no managed memory";
+  }
+}
 
 /** CUresult, as far as this backend tells them apart. */
 export const CUDA_STATUS = {
@@ -142,6 +171,7 @@ function describeDevice({ addon, version }: CudaDriver, ordinal: number): CudaDe
     totalBytes,
     integrated: attribute("integrated") !== 0,
     driverVersion: version,
+    managedMemory: attribute("managedMemory") !== 0,
     concurrentManagedAccess: attribute("concurrentManagedAccess") !== 0,
     memoryPools: attribute("memoryPools") !== 0,
   };

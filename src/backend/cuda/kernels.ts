@@ -7,13 +7,15 @@
 import { DTYPE_BYTES, DTYPES } from "../../core/dtype.js";
 import { type KernelName, SUM_CHUNK } from "../../core/kernels.js";
 import { ceilDiv } from "../../core/shape.js";
-import { dtypeName, fourbitName, type Launch, launch, type Plan, WARP } from "./launch.js";
+import { dtypeName, fourbitName, type Launch, launch, type Plan, SHARED_BASE, WARP } from "./launch.js";
 import { DENSE_GEOMETRY, DENSE_PLANS } from "./plans-dense.js";
 import { INT8_PLANS } from "./plans-int8.js";
 import { MATMUL4BIT_GEOMETRY, MATMUL4BIT_PLANS } from "./plans-matmul4bit.js";
+import { OPTIMIZER_GEOMETRY, OPTIMIZER_PLANS } from "./plans-optimizer.js";
 
 /** Threads of a block and what they take; csrc/kernels gets these generated. */
 export const GEOMETRY = {
+  SHARED_BASE,
   CONVERT_THREADS: 256,
   /** Elements of a block. */
   CONVERT_TILE: 2048,
@@ -27,6 +29,7 @@ export const GEOMETRY = {
   VECTORS: 4,
   ...MATMUL4BIT_GEOMETRY,
   ...DENSE_GEOMETRY,
+  ...OPTIMIZER_GEOMETRY,
 } as const;
 const G = GEOMETRY;
 
@@ -64,4 +67,5 @@ export const CUDA_KERNELS: { readonly [K in KernelName]: Plan<K> } = {
   ...INT8_PLANS,
   ...MATMUL4BIT_PLANS,
   ...DENSE_PLANS,
+  ...OPTIMIZER_PLANS,
 };

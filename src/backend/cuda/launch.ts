@@ -47,5 +47,8 @@ export function unsupported(kernel: KernelName, why: string): () => never {
   };
 }
 
+/** Where dynamic shared memory begins that has fixed addresses: the driver may keep what lies before. csrc/kernels gets it generated. */
+export const SHARED_BASE = 1024;
+
 /** Threads of a warp. */
 export const WARP = 32;

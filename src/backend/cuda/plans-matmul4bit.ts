@@ -12,7 +12,7 @@ import {
   tileCut,
 } from "../../core/product-paths.js";
 import { ceilDiv } from "../../core/shape.js";
-import { dtypeName, type Launch, launch, type Plan, unsupported, WARP } from "./launch.js";
+import { dtypeName, type Launch, launch, type Plan, SHARED_BASE, unsupported, WARP } from "./launch.js";
 
 /** `tiles` by the most rows of activations: the rows of the weight and the groups of warps of a block. */
 function cuts(): Record<string, number> {
@@ -26,8 +26,6 @@ function cuts(): Record<string, number> {
 
 /** Threads of a block and what they take; csrc/kernels gets these generated. */
 export const MATMUL4BIT_GEOMETRY = {
-  /** Where the shared memory of `vector` and `tiles` begins in a block's window: the driver may keep what lies before. */
-  MATMUL4BIT_SHARED_BASE: 1024,
   MATMUL4BIT_VECTOR_THREADS: 512,
   MATMUL4BIT_TILE_CHUNK: TILE_CHUNK,
   MATMUL4BIT_TILE_STAGES: 3,
@@ -70,7 +68,7 @@ function vector(o: Operands<"matmul4bit">, wide: boolean): Launch | undefined {
   const warps = short ? 4 : G.MATMUL4BIT_VECTOR_THREADS / WARP;
   const rows = (FRAGMENT_ROWS * G.MATMUL4BIT_VECTOR_THREADS) / WARP / warps;
   const name = `matmul4bit_vector_${dtypeName(o)}_${wide ? "wide" : "narrow"}_${tiles}_${warps}`;
-  const shared = G.MATMUL4BIT_SHARED_BASE + TABLE_BYTES;
+  const shared = SHARED_BASE + TABLE_BYTES;
   return launch(name, ceilDiv(o.n, rows), G.MATMUL4BIT_VECTOR_THREADS, true, shared, () => plain(o));
 }
 
@@ -80,7 +78,7 @@ function tiles(o: Operands<"matmul4bit">): Launch | undefined {
   const threads = (rows / (FRAGMENT_ROWS * fragments)) * groups * WARP;
   const stages = TABLE_BYTES + groups * G.MATMUL4BIT_TILE_STAGES * most * TILE_CHUNK * 2;
   const sums = groups * rows * most * Float32Array.BYTES_PER_ELEMENT;
-  const shared = G.MATMUL4BIT_SHARED_BASE + Math.max(stages, sums);
+  const shared = SHARED_BASE + Math.max(stages, sums);
   const name = `matmul4bit_tiles_${dtypeName(o)}_${most}`;
   return launch(name, ceilDiv(o.n, rows) * o.splits, threads, false, shared, () => plain(o));
 }

@@ -7,6 +7,9 @@ import { BINDING } from "./addon.js";
 import { CUDA_STATUS } from "./device.js";
 import type { CudaStream } from "./stream.js";
 
+/** What helps where it is the host that has no more. */
+const HOST_ADVICE = "free memory of the host";
+
 /** A piece of page-locked memory. */
 export interface Slot {
   readonly host: number;
@@ -33,7 +36,7 @@ export class PinnedMemory {
   }
 
   outOfMemory(bytes: number): OutOfMemoryError {
-    return new OutOfMemoryError("cuda, page-locked host memory", bytes, 0, this.bytes);
+    return new OutOfMemoryError("cuda, page-locked host memory", bytes, 0, this.bytes, HOST_ADVICE);
   }
 
   /** Only when nothing is under way. */

@@ -44,6 +44,8 @@ export class CudaStream {
   readonly command: Uint32Array;
   private readonly handle: number;
   private closed = false;
+  /** `settled` was called: nothing more is to be enqueued. */
+  ending = false;
   /** Events that nobody uses. */
   private readonly events: number[] = [];
   /** The operand structs of the last launches, one after the other, and which kernels they are of. */
@@ -152,6 +154,11 @@ export class CudaStream {
     this.check("copyOnDevice", this.addon.copyOnDevice(to, from, bytes, this.handle));
   }
 
+  /** Moves pages of managed memory to a device. A status, because it is a hint: see `PagedMemory`. */
+  prefetch(address: number, bytes: number, device: number): Status {
+    return this.addon.memoryPrefetch(address, bytes, device, this.handle);
+  }
+
   /** Fills with the four bytes of `value` (the lowest first), whatever the alignment. */
   fill(to: number, value: number, bytes: number): void {
     const byte = (i: number): number => (value >>> (8 * (i & 3))) & 255;
@@ -179,17 +186,34 @@ export class CudaStream {
     this.check("streamSynchronize", this.addon.streamSynchronize(this.handle));
   }
 
+  /** Whether everything enqueued is done. @throws CudaError when the device has failed */
+  isIdle(): boolean {
+    const status = this.addon.streamQuery(this.handle);
+    if (status === CUDA_STATUS.notReady) return false;
+    this.check("streamQuery", status);
+    return true;
+  }
+
   /** An event after everything enqueued so far. Give it back with `recycle`. */
   mark(): number {
-    let event = this.events.pop();
-    if (event === undefined) {
-      this.check("eventCreate", this.addon.eventCreate(false));
-      event = this.addon.results[0]!;
-    }
+    const event = this.takeEvent();
+    this.record(event);
+    return event;
+  }
+
+  /** An event for `record`, so that no memory is needed then. Give it back with `recycle`. */
+  takeEvent(): number {
+    const event = this.events.pop();
+    if (event !== undefined) return event;
+    this.check("eventCreate", this.addon.eventCreate(false));
+    return this.addon.results[0]!;
+  }
+
+  /** Puts an event after everything enqueued so far. One that cannot be is recycled. @throws CudaError */
+  record(event: number): void {
     const status = this.addon.eventRecord(event, this.handle);
     if (status !== 0) this.recycle(event);
     this.check("eventRecord", status);
-    return event;
   }
 
   /** Whether an event is over. @throws CudaError when the device has failed */
@@ -234,8 +258,9 @@ export class CudaStream {
     }
   }
 
-  /** Resolves when everything enqueued is done or the device has failed; blocks only when there is no memory for an event. */
+  /** For the end. Resolves when everything enqueued is done or the device has failed; blocks only when there is no memory for an event. */
   settled(): Promise<void> {
+    this.ending = true;
     return new Promise((resolve) => {
       if (this.failure) return resolve();
       try {

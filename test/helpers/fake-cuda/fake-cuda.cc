@@ -7,7 +7,12 @@
 //   INIT=segv | abort | hang | STATUS   what cuInit does; 34, as the toolkit's stub does, cuDriverGetVersion too
 //   VERSION=13000                       cuDriverGetVersion
 //   DEVICES=1                           0: cuInit returns CUDA_ERROR_NO_DEVICE
-//   CAPABILITY=8.7  SHARED=166912  INTEGRATED=1  MULTIPROCESSORS=8  NAME=Fake Orin  MANAGED=0  POOLS=1
+//   CAPABILITY=8.7  SHARED=166912  INTEGRATED=1  MULTIPROCESSORS=8  NAME=Fake Orin  POOLS=1
+//   MANAGED=0                           concurrentManagedAccess; without it managed memory takes device memory, and can be
+//                                       neither advised about nor prefetched
+//   MANAGED_MEMORY=1                    0: there is none
+//   MANAGED_LIMIT=8589934592            bytes of managed memory where MANAGED is 1
+//   ADVISE=STATUS  PREFETCH=STATUS      cuMemAdvise, cuMemPrefetchAsync fail so
 //   MEMORY=8589934592                   bytes of device memory; more is CUDA_ERROR_OUT_OF_MEMORY
 //   HOST_MEMORY=8589934592              the same of page-locked memory
 //   DELAY_MS=0                          what each launch, copy and fill takes
@@ -26,7 +31,8 @@
 //   fake_store { u64 address; u32 value; u32 words }   stores words
 //   fake_sleep { u32 milliseconds }
 //   fake_fault { }                                     an illegal address, which sticks
-// Compiled with -DFAKE_CUDA_OLD it lacks cuEventElapsedTime and cublasLtMatmulPreferenceSetAttribute.
+// Compiled with -DFAKE_CUDA_OLD it lacks cuEventElapsedTime and cublasLtMatmulPreferenceSetAttribute, with
+// -DFAKE_CUDA_UNMANAGED the functions of managed memory.
 #include <unistd.h>
 
 #include <csignal>
@@ -108,6 +114,9 @@ CUDA cuDeviceGetAttribute(int* value, int attribute, int) {
       break;
     case 76:
       *value = std::stoi(capability.substr(capability.find('.') + 1));
+      break;
+    case 83:
+      *value = static_cast<int>(number("MANAGED_MEMORY", 1));
       break;
     case 89:
       *value = static_cast<int>(number("MANAGED", 0));
@@ -193,6 +202,55 @@ CUDA cuMemAlloc_v2(Address* address, size_t bytes) {
   return kOk;
 }
 
+#ifndef FAKE_CUDA_UNMANAGED
+CUDA cuMemAllocManaged(Address* address, size_t bytes, unsigned flags) {
+  ENTER();
+  if (number("MANAGED_MEMORY", 1) == 0) return kNotSupported;
+  if (bytes == 0 || flags != 1) return kInvalidValue;
+  const bool onDemand = number("MANAGED", 0) != 0;
+  const uint64_t total = onDemand ? number("MANAGED_LIMIT", uint64_t{8} << 30) : number("MEMORY", uint64_t{8} << 30);
+  const uint64_t used = onDemand ? driver.managedUsed : driver.used;
+  if (bytes > total || used > total - bytes) return kOutOfMemory;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 65536, bytes) != 0) return kOutOfMemory;
+  // Nobody may count on zeros.
+  memset(memory, 0xcd, bytes < (4 << 20) ? bytes : 4 << 20);
+  *address = reinterpret_cast<Address>(memory);
+  driver.memory[*address] = bytes;
+  driver.managed[*address] = onDemand;
+  (onDemand ? driver.managedUsed : driver.used) += bytes;
+  return kOk;
+}
+
+// What a hint may be about: managed memory, and a device that moves pages, or the host (-1).
+static Result checkHint(Address address, size_t bytes, int device) {
+  if (device != -1 && (device < 0 || static_cast<uint64_t>(device) >= number("DEVICES", 1))) return kInvalidDevice;
+  if (number("MANAGED", 0) == 0) return kInvalidDevice;
+  if (!bytes || !covers(address, bytes)) return kInvalidValue;
+  return driver.managed.count(std::prev(driver.memory.upper_bound(address))->first) ? kOk : kInvalidValue;
+}
+
+CUDA cuMemAdvise(Address address, size_t bytes, int advice, int device) {
+  ENTER();
+  if (const auto status = static_cast<Result>(number("ADVISE", 0))) return status;
+  if (advice < 1 || advice > 6) return kInvalidValue;
+  return checkHint(address, bytes, device);
+}
+
+CUDA cuMemPrefetchAsync(Address address, size_t bytes, int device, Stream* stream) {
+  ENTER();
+  if (!driver.streams.count(stream)) return kInvalidHandle;
+  if (const auto status = static_cast<Result>(number("PREFETCH", 0))) return status;
+  if (const Result wrong = checkHint(address, bytes, device)) return wrong;
+  // As on a GPU, pages are touched when the stream gets there: memory that has gone by then is found out.
+  enqueueWork(stream, [=] {
+    const std::lock_guard<std::mutex> lock(driver.mutex);
+    if (!covers(address, bytes)) driver.fault = kIllegalAddress;
+  });
+  return kOk;
+}
+#endif
+
 // As on a GPU, memory goes when work under way is done.
 static void waitForAll(std::unique_lock<std::mutex>& lock) {
   driver.changed.wait(lock, [] {
@@ -208,7 +266,10 @@ CUDA cuMemFree_v2(Address address) {
   const auto found = driver.memory.find(address);
   if (found == driver.memory.end()) return kInvalidValue;
   waitForAll(entered.lock);
-  driver.used -= found->second;
+  const auto managed = driver.managed.find(address);
+  const bool onDemand = managed != driver.managed.end() && managed->second;
+  (onDemand ? driver.managedUsed : driver.used) -= found->second;
+  if (managed != driver.managed.end()) driver.managed.erase(managed);
   driver.memory.erase(found);
   free(reinterpret_cast<void*>(address));
   return kOk;

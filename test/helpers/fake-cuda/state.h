@@ -35,6 +35,7 @@ enum : Result {
   kNotFound = 500,
   kNotReady = 600,
   kIllegalAddress = 700,
+  kNotSupported = 801,
 };
 
 std::string text(const char* name, const char* otherwise) {
@@ -84,8 +85,10 @@ struct Driver {
   uint64_t launches = 0;
   // Live objects of cublas.h.
   int blasObjects = 0;
-  uint64_t used = 0, hostUsed = 0;
+  uint64_t used = 0, hostUsed = 0, managedUsed = 0;
   std::map<Address, uint64_t> memory;
+  // Which of it is managed memory, and whether its pages move on demand.
+  std::map<Address, bool> managed;
   std::map<char*, uint64_t> hosts;
   std::set<Stream*> streams;
   std::set<Event*> events;
@@ -222,8 +225,9 @@ void endContext(std::unique_lock<std::mutex>& lock) {
   driver.functions.clear();
   driver.modules.clear();
   driver.memory.clear();
+  driver.managed.clear();
   driver.hosts.clear();
-  driver.used = driver.hostUsed = 0;
+  driver.used = driver.hostUsed = driver.managedUsed = 0;
   driver.fault = kOk;
 }
 
@@ -299,6 +303,7 @@ const Words kWords[] = {
     {700, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {701, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {719, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
+    {801, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 

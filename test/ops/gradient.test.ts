@@ -1,0 +1,3 @@
+import { runCases } from "../helpers/run-cases.js";
+
+runCases("gradient");
